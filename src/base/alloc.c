@@ -1,0 +1,92 @@
+/* base/alloc.c: the heap behind a counter and a switch. */
+#include "base/alloc.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+static _Atomic int64_t live;
+static _Atomic int64_t allowed = -1;
+
+static bool may_allocate(void)
+{
+    int64_t left = atomic_load(&allowed);
+    while (left > 0) {
+        if (atomic_compare_exchange_weak(&allowed, &left, left - 1)) return true;
+    }
+    return left < 0;
+}
+
+static void *counted(void *memory)
+{
+    if (memory != NULL) atomic_fetch_add(&live, 1);
+    return memory;
+}
+
+void *kvl_alloc(size_t size)
+{
+    if (size == 0 || !may_allocate()) return NULL;
+    return counted(malloc(size));
+}
+
+void *kvl_alloc_zero(size_t n, size_t size)
+{
+    size_t bytes = 0;
+    if (!kvl_size_mul(n, size, &bytes) || bytes == 0 || !may_allocate()) return NULL;
+    return counted(calloc(n, size));
+}
+
+void *kvl_alloc_aligned(size_t size)
+{
+    size_t padded = 0;
+    if (size == 0 || !kvl_size_add(size, KVL_ALIGNMENT - 1, &padded) || !may_allocate()) return NULL;
+    return counted(aligned_alloc(KVL_ALIGNMENT, padded / KVL_ALIGNMENT * KVL_ALIGNMENT));
+}
+
+void *kvl_realloc(void *memory, size_t size)
+{
+    if (memory == NULL) return kvl_alloc(size);
+    if (size == 0 || !may_allocate()) return NULL;
+    return realloc(memory, size);
+}
+
+void kvl_free(void *memory)
+{
+    if (memory == NULL) return;
+    atomic_fetch_sub(&live, 1);
+    free(memory);
+}
+
+char *kvl_strdup(const char *text)
+{
+    const size_t size = strlen(text) + 1;
+    char *copy = kvl_alloc(size);
+    if (copy != NULL) memcpy(copy, text, size);
+    return copy;
+}
+
+bool kvl_size_mul(size_t a, size_t b, size_t *product)
+{
+    size_t result;
+    if (__builtin_mul_overflow(a, b, &result)) return false;
+    *product = result;
+    return true;
+}
+
+bool kvl_size_add(size_t a, size_t b, size_t *sum)
+{
+    size_t result;
+    if (__builtin_add_overflow(a, b, &result)) return false;
+    *sum = result;
+    return true;
+}
+
+void kvl_alloc_fail_after(int64_t n_allowed)
+{
+    atomic_store(&allowed, n_allowed);
+}
+
+int64_t kvl_alloc_live(void)
+{
+    return atomic_load(&live);
+}

@@ -1,0 +1,44 @@
+/* base/alloc.h: the one way to memory from the heap, counted and failable.
+ *
+ * Every room allocates through here, so that tests can make the N-th allocation fail and check
+ * that nothing leaks. A count that comes from outside is multiplied with kvl_size_mul and checked
+ * against its limit before it gets here.
+ * Threads  Safe from any thread. */
+#ifndef KVL_BASE_ALLOC_H
+#define KVL_BASE_ALLOC_H
+
+#include "base/status.h"
+
+/* Cache line, AVX-512 vector and the alignment of blocks in segments. */
+#define KVL_ALIGNMENT 64u
+
+/* Owns: the caller ends it with kvl_free. NULL when there is none or `size` is 0. */
+KVL_MUST_USE void *kvl_alloc(size_t size);
+
+/* Same, zeroed: n elements of `size` bytes; NULL when the product overflows. */
+KVL_MUST_USE void *kvl_alloc_zero(size_t n, size_t size);
+
+/* Same as kvl_alloc, aligned to KVL_ALIGNMENT. Ended with kvl_free too. */
+KVL_MUST_USE void *kvl_alloc_aligned(size_t size);
+
+/* Changes the size of memory from kvl_alloc or kvl_alloc_zero (never of aligned memory). On NULL
+ * the caller still has the old memory. `memory` may be NULL. */
+KVL_MUST_USE void *kvl_realloc(void *memory, size_t size);
+
+/* NULL does nothing. */
+void kvl_free(void *memory);
+
+/* Copies a text that ends with NUL. Owns: the caller ends it with kvl_free. */
+KVL_MUST_USE char *kvl_strdup(const char *text);
+
+/* product = a * b; false on overflow, and then *product is untouched. */
+KVL_MUST_USE bool kvl_size_mul(size_t a, size_t b, size_t *product);
+KVL_MUST_USE bool kvl_size_add(size_t a, size_t b, size_t *sum);
+
+/* For tests. The allocation after `n_allowed` more fails, and all later ones with it; a negative
+ * number switches failing off. */
+void kvl_alloc_fail_after(int64_t n_allowed);
+/* Allocations that have not been freed. */
+int64_t kvl_alloc_live(void);
+
+#endif /* KVL_BASE_ALLOC_H */

@@ -1,0 +1,39 @@
+/* base/file.h: whole files, read-only maps and directories; every path that KVLoom touches outside
+ * LMDB goes through here.
+ * Threads  Safe from any thread. Every call may block on the disk. */
+#ifndef KVL_BASE_FILE_H
+#define KVL_BASE_FILE_H
+
+#include "base/status.h"
+
+/* A read-only map of a file. Owns nothing but the map: ended with kvl_file_map_close. */
+typedef struct kvl_file_map {
+    const uint8_t *bytes; /* NULL for an empty file */
+    size_t n_bytes;
+} kvl_file_map;
+
+/* Errors   KVL_ERR_NOT_FOUND, KVL_ERR_IO: `error` has the path and the reason */
+KVL_MUST_USE kvl_status kvl_file_map_open(const char *path, kvl_file_map *map, kvl_error *error);
+/* A map that was never opened or is zeroed does nothing. */
+void kvl_file_map_close(kvl_file_map *map);
+
+/* Reads a file of at most `n_bytes_max` bytes and adds a NUL that is not counted.
+ * Owns     *bytes: ended with kvl_free
+ * Errors   KVL_ERR_NOT_FOUND, KVL_ERR_TOO_LARGE, KVL_ERR_IO, KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status kvl_file_read(const char *path, size_t n_bytes_max, char **bytes,
+                                      size_t *n_bytes, kvl_error *error);
+
+/* Writes beside the path, syncs and renames: a reader sees the old file or the new, never half.
+ * Errors   KVL_ERR_IO */
+KVL_MUST_USE kvl_status kvl_file_write(const char *path, const void *bytes, size_t n_bytes,
+                                       kvl_error *error);
+
+/* Makes a directory and its parents; an existing one is fine.
+ * Errors   KVL_ERR_IO, KVL_ERR_TOO_LARGE (path longer than 4095 bytes) */
+KVL_MUST_USE kvl_status kvl_directory_make(const char *path, kvl_error *error);
+
+/* Removes a directory with everything in it; one that is not there is fine. Symbolic links are
+ * removed, not followed. */
+KVL_MUST_USE kvl_status kvl_directory_remove(const char *path, kvl_error *error);
+
+#endif /* KVL_BASE_FILE_H */

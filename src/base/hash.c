@@ -1,0 +1,70 @@
+/* base/hash.c: xxHash and libsodium behind our names. */
+#include "base/hash.h"
+
+#include <sodium.h>
+#include <string.h>
+#include <xxhash.h>
+
+_Static_assert(sizeof(crypto_generichash_state) <= sizeof(kvl_digester),
+               "kvl_digester must hold libsodium's state");
+
+uint64_t kvl_checksum(const void *bytes, size_t n_bytes)
+{
+    return XXH3_64bits(bytes, n_bytes);
+}
+
+static crypto_generichash_state *state_of(kvl_digester *digester)
+{
+    return (crypto_generichash_state *)(void *)digester->opaque;
+}
+
+void kvl_digester_init(kvl_digester *digester, const void *key, size_t n_key_bytes)
+{
+    KVL_ASSERT(n_key_bytes <= crypto_generichash_KEYBYTES_MAX);
+    KVL_ASSERT(crypto_generichash_init(state_of(digester), key, n_key_bytes, KVL_DIGEST_BYTES) == 0);
+}
+
+void kvl_digester_add(kvl_digester *digester, const void *bytes, size_t n_bytes)
+{
+    if (n_bytes == 0) return;
+    KVL_ASSERT(crypto_generichash_update(state_of(digester), bytes, n_bytes) == 0);
+}
+
+void kvl_digester_add_u64(kvl_digester *digester, uint64_t value)
+{
+    uint8_t bytes[8];
+    for (size_t i = 0; i < sizeof bytes; i++) bytes[i] = (uint8_t)(value >> (8 * i));
+    kvl_digester_add(digester, bytes, sizeof bytes);
+}
+
+kvl_digest kvl_digester_end(kvl_digester *digester)
+{
+    kvl_digest digest;
+    KVL_ASSERT(crypto_generichash_final(state_of(digester), digest.bytes, sizeof digest.bytes) == 0);
+    return digest;
+}
+
+bool kvl_digest_equal(const kvl_digest *a, const kvl_digest *b)
+{
+    return sodium_memcmp(a->bytes, b->bytes, sizeof a->bytes) == 0;
+}
+
+bool kvl_digest_is_zero(const kvl_digest *digest)
+{
+    return sodium_is_zero(digest->bytes, sizeof digest->bytes) == 1;
+}
+
+char *kvl_digest_to_text(const kvl_digest *digest, char *text)
+{
+    return sodium_bin2hex(text, KVL_DIGEST_TEXT_BYTES, digest->bytes, sizeof digest->bytes);
+}
+
+kvl_status kvl_digest_from_text(const char *text, kvl_digest *digest)
+{
+    size_t n_bytes = 0;
+    const size_t length = strnlen(text, KVL_DIGEST_TEXT_BYTES);
+    if (length != KVL_DIGEST_TEXT_BYTES - 1) return KVL_ERR_MALFORMED;
+    if (sodium_hex2bin(digest->bytes, sizeof digest->bytes, text, length, NULL, &n_bytes, NULL) != 0)
+        return KVL_ERR_MALFORMED;
+    return n_bytes == KVL_DIGEST_BYTES ? KVL_OK : KVL_ERR_MALFORMED;
+}

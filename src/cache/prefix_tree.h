@@ -1,0 +1,40 @@
+/* cache/prefix_tree.h: radix tree over token ids; nodes own runs of whole pages with exact KV.
+ *
+ * Only what a host computed itself with exact KV before it is inserted. Sharing is by whole pages:
+ * the last, partly filled page of a prompt is never shared. A salt (tenant and cache_salt, hashed)
+ * separates trees completely.
+ * Method   RadixAttention (SGLang, arXiv:2312.07104, section 3), page-aligned.
+ * Threads  The engine thread only. */
+#ifndef KVL_CACHE_PREFIX_TREE_H
+#define KVL_CACHE_PREFIX_TREE_H
+
+#include "cache/page_pool.h"
+
+typedef struct kvl_prefix_tree kvl_prefix_tree;
+
+KVL_MUST_USE kvl_status kvl_prefix_tree_create(kvl_page_pool *pool, kvl_prefix_tree **tree,
+                                               kvl_error *error);
+/* Releases the pages that the tree holds. NULL does nothing. */
+void kvl_prefix_tree_destroy(kvl_prefix_tree *tree);
+
+/* Finds the longest prefix of ids held, in whole pages, and gives the caller one reference to each
+ * of its pages.
+ * pages     [n_ids / KVL_PAGE_TOKENS] room; *n_pages of it are filled, 0 when nothing matches
+ * Result    pages are the caller's to release */
+void kvl_prefix_tree_acquire(kvl_prefix_tree *tree, uint64_t salt, const uint32_t *ids,
+                             size_t n_ids, uint32_t *pages, size_t *n_pages);
+
+/* Inserts the KV of ids: pages [n_ids / KVL_PAGE_TOKENS], whole pages only; the tree takes a
+ * reference of its own to those that it keeps, and keeps what it had where it knew the prefix.
+ * Errors   KVL_ERR_NO_MEMORY: the tree is as before */
+KVL_MUST_USE kvl_status kvl_prefix_tree_insert(kvl_prefix_tree *tree, uint64_t salt,
+                                               const uint32_t *ids, size_t n_ids,
+                                               const uint32_t *pages);
+
+/* Frees leaves that nobody but the tree holds, least recently used first, until n_pages are free
+ * in the pool or nothing is left to free. Returns how many pages it freed. */
+uint32_t kvl_prefix_tree_evict(kvl_prefix_tree *tree, uint32_t n_pages);
+
+uint32_t kvl_prefix_tree_n_pages(const kvl_prefix_tree *tree);
+
+#endif /* KVL_CACHE_PREFIX_TREE_H */

@@ -1,0 +1,71 @@
+/* store/store.h: tiers that keep containers by id, and the stack that a host uses.
+ *
+ * A tier is a table of operations over bytes; it knows nothing of tensors. Containers are
+ * immutable: putting an id that is there already is no error and changes nothing.
+ * Caveats of the LMDB tier (see also lmdb.h): one process opens a database once; never across a
+ * fork; never on a remote file system; a reader that stays open keeps old pages alive, so views are
+ * short; the map grows by the tier, not by LMDB; a dead reader's slot is cleared at open.
+ * Threads  Every operation of every tier may be called from any thread. */
+#ifndef KVL_STORE_STORE_H
+#define KVL_STORE_STORE_H
+
+#include "segment/container.h"
+
+typedef struct kvl_tier kvl_tier;
+
+typedef struct kvl_tier_stats {
+    uint64_t n_containers, bytes, bytes_max;
+    uint64_t hits, misses, evictions, damaged, foreign;
+} kvl_tier_stats;
+
+typedef struct kvl_tier_ops {
+    const char *name; /* "memory", "lmdb" */
+    /* Keeps a sealed container; durable tiers return after the commit. May block on the disk.
+     * The tier shares the container or copies it; the caller keeps its reference.
+     * Errors   KVL_ERR_TOO_LARGE (alone above the cap), KVL_ERR_IO, KVL_ERR_NO_MEMORY */
+    kvl_status (*put)(kvl_tier *tier, kvl_container *container, kvl_error *error);
+    /* Gives a reference. The id inside is compared; blocks are checked by whoever reads them, or
+     * here where `check_blocks`.
+     * Errors   KVL_ERR_NOT_FOUND, KVL_ERR_DAMAGED, KVL_ERR_FOREIGN; all are misses and counted */
+    kvl_status (*get)(kvl_tier *tier, const kvl_digest *id, bool check_blocks,
+                      kvl_container **container, kvl_error *error);
+    bool (*has)(kvl_tier *tier, const kvl_digest *id);
+    /* Errors   KVL_ERR_NOT_FOUND */
+    kvl_status (*remove)(kvl_tier *tier, const kvl_digest *id, kvl_error *error);
+    /* Calls visit for every container's id, kind and bytes; stops when it returns false. The
+     * visitor must not call the tier. */
+    void (*list)(kvl_tier *tier,
+                 bool (*visit)(void *context, const kvl_digest *id, kvl_container_kind kind,
+                               uint64_t n_bytes),
+                 void *context);
+    void (*stats)(kvl_tier *tier, kvl_tier_stats *stats);
+    void (*destroy)(kvl_tier *tier);
+} kvl_tier_ops;
+
+struct kvl_tier {
+    const kvl_tier_ops *ops;
+};
+
+/* Keeps references, evicts by segmented LRU above bytes_max (a container that others still hold is
+ * evicted from the tier, its memory lives on with them). bytes_max > 0: no store without a cap. */
+KVL_MUST_USE kvl_status kvl_memory_tier_create(uint64_t bytes_max, kvl_tier **tier,
+                                               kvl_error *error);
+
+typedef struct kvl_lmdb_tier_options {
+    const char *path;       /* directory, made where missing */
+    uint64_t bytes_max;     /* > 0; the oldest used go first above 95 % of it, down to 90 % */
+    kvl_digest fingerprint; /* containers of another model are refused and counted */
+    bool durable;           /* sync at each commit; otherwise the system decides when */
+} kvl_lmdb_tier_options;
+
+/* Errors   KVL_ERR_INVALID, KVL_ERR_IO, KVL_ERR_CORRUPT, KVL_ERR_FOREIGN (format version: text
+ *          names both), KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status kvl_lmdb_tier_create(const kvl_lmdb_tier_options *options, kvl_tier **tier,
+                                             kvl_error *error);
+
+/* Tiers from fast to slow as one: get asks in order and puts what a slower tier had into the faster
+ * ones; put goes to all. Takes the tiers: they end with it. */
+KVL_MUST_USE kvl_status kvl_stack_tier_create(kvl_tier *const *tiers, size_t n_tiers,
+                                              kvl_tier **tier, kvl_error *error);
+
+#endif /* KVL_STORE_STORE_H */
