@@ -145,6 +145,11 @@ bool kvl_gguf_texts_next(kvl_gguf_texts *texts, kvl_gguf_text *text);
 
 bool kvl_gguf_text_is(kvl_gguf_text text, const char *wanted);
 
+/* For error texts: a copy with its NUL, bytes that are not printable ASCII as '?', cut where it is
+ * longer. `buffer` has KVL_GGUF_PRINTABLE_BYTES. Returns `buffer`. */
+#define KVL_GGUF_PRINTABLE_BYTES 97u
+const char *kvl_gguf_printable(kvl_gguf_text text, char *buffer);
+
 /* ---- tensors */
 
 size_t kvl_gguf_n_tensors(const kvl_gguf *gguf);
