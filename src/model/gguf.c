@@ -82,8 +82,8 @@ static kvl_status take_u64(reader *from, const char *what, uint64_t *value, kvl_
     return KVL_OK;
 }
 
-static kvl_status take_text(reader *from, const char *what, size_t n_bytes_max,
-                            kvl_gguf_text *text, kvl_error *error)
+static kvl_status take_text(reader *from, const char *what, size_t n_bytes_max, kvl_gguf_text *text,
+                            kvl_error *error)
 {
     const size_t length_at = from->at;
     uint64_t n_bytes = 0;
@@ -96,8 +96,8 @@ static kvl_status take_text(reader *from, const char *what, size_t n_bytes_max,
     }
     if (n_bytes > n_bytes_max) {
         return KVL_FAIL(error, KVL_ERR_TOO_LARGE,
-                        "%s has length %" PRIu64 " at byte %zu; must be at most %zu", what,
-                        n_bytes, length_at, n_bytes_max);
+                        "%s has length %" PRIu64 " at byte %zu; must be at most %zu", what, n_bytes,
+                        length_at, n_bytes_max);
     }
     const uint8_t *bytes = NULL;
     KVL_TRY(take(from, (size_t)n_bytes, what, &bytes, error));
@@ -111,8 +111,8 @@ static kvl_status take_text(reader *from, const char *what, size_t n_bytes_max,
 static size_t number_bytes(kvl_gguf_type type)
 {
     static const uint8_t sizes[KVL_GGUF_TYPE_COUNT] = {
-        [KVL_GGUF_U8] = 1,  [KVL_GGUF_I8] = 1,  [KVL_GGUF_U16] = 2,  [KVL_GGUF_I16] = 2,
-        [KVL_GGUF_U32] = 4, [KVL_GGUF_I32] = 4, [KVL_GGUF_F32] = 4,  [KVL_GGUF_BOOL] = 1,
+        [KVL_GGUF_U8] = 1,  [KVL_GGUF_I8] = 1,  [KVL_GGUF_U16] = 2, [KVL_GGUF_I16] = 2,
+        [KVL_GGUF_U32] = 4, [KVL_GGUF_I32] = 4, [KVL_GGUF_F32] = 4, [KVL_GGUF_BOOL] = 1,
         [KVL_GGUF_U64] = 8, [KVL_GGUF_I64] = 8, [KVL_GGUF_F64] = 8,
     };
     KVL_ASSERT((unsigned)type < KVL_GGUF_TYPE_COUNT);
@@ -187,8 +187,7 @@ static kvl_status take_array_head(reader *from, const char *key, size_t n_allowe
 /* Walks arrays inside arrays with a stack of its own: how deep they go is the file's choice, and
  * must not become the depth of our stack. Every inner array takes 12 bytes of the file or more, so
  * the walk is bounded by the file even where all of them are empty. */
-static kvl_status take_array(reader *from, const char *key, kvl_gguf_value *value,
-                             kvl_error *error)
+static kvl_status take_array(reader *from, const char *key, kvl_gguf_value *value, kvl_error *error)
 {
     size_t n_allowed = KVL_GGUF_ELEMENTS_MAX;
     KVL_TRY(take_array_head(from, key, n_allowed, &value->element_type, &value->n_elements, error));
@@ -289,11 +288,10 @@ static kvl_status index_values(kvl_gguf *gguf, const reader *from, kvl_error *er
         const kvl_gguf_text b = gguf->values_by_key[i]->key;
         if (compare_texts(a, b) != 0) continue;
         char key[KVL_GGUF_PRINTABLE_BYTES];
-        return KVL_FAIL(error, KVL_ERR_MALFORMED,
-                        "key %s is there twice, at bytes %zu and %zu; must be unique",
-                        kvl_gguf_printable(a, key),
-                        (size_t)((const uint8_t *)a.bytes - from->bytes),
-                        (size_t)((const uint8_t *)b.bytes - from->bytes));
+        return KVL_FAIL(
+            error, KVL_ERR_MALFORMED, "key %s is there twice, at bytes %zu and %zu; must be unique",
+            kvl_gguf_printable(a, key), (size_t)((const uint8_t *)a.bytes - from->bytes),
+            (size_t)((const uint8_t *)b.bytes - from->bytes));
     }
     return KVL_OK;
 }
@@ -336,17 +334,38 @@ typedef struct tensor_type {
 static const tensor_type *find_tensor_type(uint32_t number)
 {
     static const tensor_type types[] = {
-        {0, KVL_DTYPE_F32, "F32"},    {1, KVL_DTYPE_F16, "F16"},    {2, KVL_DTYPE_Q4_0, "Q4_0"},
-        {3, KVL_DTYPE_Q4_1, "Q4_1"},  {6, KVL_DTYPE_Q5_0, "Q5_0"},  {7, KVL_DTYPE_Q5_1, "Q5_1"},
-        {8, KVL_DTYPE_Q8_0, "Q8_0"},  {9, -1, "Q8_1"},              {10, -1, "Q2_K"},
-        {11, -1, "Q3_K"},             {12, KVL_DTYPE_Q4_K, "Q4_K"}, {13, KVL_DTYPE_Q5_K, "Q5_K"},
-        {14, KVL_DTYPE_Q6_K, "Q6_K"}, {15, -1, "Q8_K"},             {16, -1, "IQ2_XXS"},
-        {17, -1, "IQ2_XS"},           {18, -1, "IQ3_XXS"},          {19, -1, "IQ1_S"},
-        {20, -1, "IQ4_NL"},           {21, -1, "IQ3_S"},            {22, -1, "IQ2_S"},
-        {23, -1, "IQ4_XS"},           {24, -1, "I8"},               {25, -1, "I16"},
-        {26, -1, "I32"},              {27, -1, "I64"},              {28, -1, "F64"},
-        {29, -1, "IQ1_M"},            {30, KVL_DTYPE_BF16, "BF16"}, {34, -1, "TQ1_0"},
-        {35, -1, "TQ2_0"},            {39, -1, "MXFP4"},
+        {0, KVL_DTYPE_F32, "F32"},
+        {1, KVL_DTYPE_F16, "F16"},
+        {2, KVL_DTYPE_Q4_0, "Q4_0"},
+        {3, KVL_DTYPE_Q4_1, "Q4_1"},
+        {6, KVL_DTYPE_Q5_0, "Q5_0"},
+        {7, KVL_DTYPE_Q5_1, "Q5_1"},
+        {8, KVL_DTYPE_Q8_0, "Q8_0"},
+        {9, -1, "Q8_1"},
+        {10, -1, "Q2_K"},
+        {11, -1, "Q3_K"},
+        {12, KVL_DTYPE_Q4_K, "Q4_K"},
+        {13, KVL_DTYPE_Q5_K, "Q5_K"},
+        {14, KVL_DTYPE_Q6_K, "Q6_K"},
+        {15, -1, "Q8_K"},
+        {16, -1, "IQ2_XXS"},
+        {17, -1, "IQ2_XS"},
+        {18, -1, "IQ3_XXS"},
+        {19, -1, "IQ1_S"},
+        {20, -1, "IQ4_NL"},
+        {21, -1, "IQ3_S"},
+        {22, -1, "IQ2_S"},
+        {23, -1, "IQ4_XS"},
+        {24, -1, "I8"},
+        {25, -1, "I16"},
+        {26, -1, "I32"},
+        {27, -1, "I64"},
+        {28, -1, "F64"},
+        {29, -1, "IQ1_M"},
+        {30, KVL_DTYPE_BF16, "BF16"},
+        {34, -1, "TQ1_0"},
+        {35, -1, "TQ2_0"},
+        {39, -1, "MXFP4"},
     };
     for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
         if (types[i].number == number) return &types[i];
@@ -507,8 +526,8 @@ static kvl_status take_version(reader *from, kvl_error *error)
                         "little endian",
                         version);
     }
-    return KVL_FAIL(error, KVL_ERR_UNSUPPORTED, "the version is %u at byte 4; supported are 2 and 3",
-                    version);
+    return KVL_FAIL(error, KVL_ERR_UNSUPPORTED,
+                    "the version is %u at byte 4; supported are 2 and 3", version);
 }
 
 static kvl_status take_count(reader *from, const char *what, size_t n_max, size_t item_bytes_min,
@@ -518,8 +537,9 @@ static kvl_status take_count(reader *from, const char *what, size_t n_max, size_
     uint64_t count = 0;
     KVL_TRY(take_u64(from, what, &count, error));
     if (count > n_max) {
-        return KVL_FAIL(error, KVL_ERR_TOO_LARGE, "%s is %" PRIu64 " at byte %zu; must be at most %zu",
-                        what, count, count_at, n_max);
+        return KVL_FAIL(error, KVL_ERR_TOO_LARGE,
+                        "%s is %" PRIu64 " at byte %zu; must be at most %zu", what, count, count_at,
+                        n_max);
     }
     if (count > bytes_left(from) / item_bytes_min) {
         return KVL_FAIL(error, KVL_ERR_MALFORMED,
@@ -580,8 +600,7 @@ static kvl_status parse_into(kvl_gguf *gguf, reader from, kvl_error *error)
     KVL_TRY(take_count(&from, "the number of metadata pairs", KVL_GGUF_KEYS_MAX, PAIR_BYTES_MIN,
                        &gguf->n_values, error));
     KVL_TRY(allocate_tables(gguf, error));
-    for (size_t i = 0; i < gguf->n_values; i++)
-        KVL_TRY(take_pair(&from, &gguf->values[i], error));
+    for (size_t i = 0; i < gguf->n_values; i++) KVL_TRY(take_pair(&from, &gguf->values[i], error));
     KVL_TRY(index_values(gguf, &from, error));
     KVL_TRY(refuse_split(gguf, error));
     size_t alignment = 0;
@@ -650,9 +669,8 @@ const kvl_gguf_value *kvl_gguf_find(const kvl_gguf *gguf, const char *key)
 {
     const kvl_gguf_value wanted = {.key = {key, strlen(key)}};
     const kvl_gguf_value *const wanted_at = &wanted;
-    const kvl_gguf_value *const *found =
-        bsearch(&wanted_at, gguf->values_by_key, gguf->n_values, sizeof *gguf->values_by_key,
-                compare_values);
+    const kvl_gguf_value *const *found = bsearch(&wanted_at, gguf->values_by_key, gguf->n_values,
+                                                 sizeof *gguf->values_by_key, compare_values);
     return found == NULL ? NULL : *found;
 }
 

@@ -17,12 +17,12 @@
 #include "base/status.h"
 #include "compute/dtype.h"
 
-#define KVL_GGUF_KEYS_MAX 65536u        /* metadata pairs in a file */
-#define KVL_GGUF_TENSORS_MAX 65536u     /* tensors in a file */
-#define KVL_GGUF_KEY_BYTES_MAX 1024u    /* of one key; the format itself allows 65535 */
+#define KVL_GGUF_KEYS_MAX 65536u            /* metadata pairs in a file */
+#define KVL_GGUF_TENSORS_MAX 65536u         /* tensors in a file */
+#define KVL_GGUF_KEY_BYTES_MAX 1024u        /* of one key; the format itself allows 65535 */
 #define KVL_GGUF_TEXT_BYTES_MAX (16u << 20) /* of one string: templates are a few kilobytes */
-#define KVL_GGUF_ELEMENTS_MAX (1u << 24) /* of all arrays inside one value together */
-#define KVL_GGUF_DEPTH_MAX 4u           /* arrays inside arrays */
+#define KVL_GGUF_ELEMENTS_MAX (1u << 24)    /* of all arrays inside one value together */
+#define KVL_GGUF_DEPTH_MAX 4u               /* arrays inside arrays */
 #define KVL_GGUF_DIMENSIONS_MAX 4u
 #define KVL_GGUF_TENSOR_NAME_BYTES_MAX 64u
 #define KVL_GGUF_ALIGNMENT_MAX (1u << 20)
@@ -111,7 +111,8 @@ KVL_MUST_USE kvl_status kvl_gguf_find_bool(const kvl_gguf *gguf, const char *key
                                            bool *result, kvl_error *error);
 KVL_MUST_USE kvl_status kvl_gguf_get_text(const kvl_gguf *gguf, const char *key,
                                           kvl_gguf_text *result, kvl_error *error);
-/* *result is {NULL, 0} if the key is not there; a text that is there and empty has bytes != NULL. */
+/* *result is {NULL, 0} if the key is not there; a text that is there and empty has bytes != NULL.
+ */
 KVL_MUST_USE kvl_status kvl_gguf_find_text(const kvl_gguf *gguf, const char *key,
                                            kvl_gguf_text *result, kvl_error *error);
 /* An array of this element type with n_minimum .. n_maximum elements. */
@@ -126,9 +127,9 @@ KVL_MUST_USE kvl_status kvl_gguf_find_array(const kvl_gguf *gguf, const char *ke
                                             kvl_error *error);
 
 /* Elements of arrays of numbers (index < n_elements) and, with index 0, single numbers. */
-int32_t kvl_gguf_element_i32(const kvl_gguf_value *value, size_t index); /* type I32 */
+int32_t kvl_gguf_element_i32(const kvl_gguf_value *value, size_t index);  /* type I32 */
 uint32_t kvl_gguf_element_u32(const kvl_gguf_value *value, size_t index); /* type U32 */
-float kvl_gguf_element_f32(const kvl_gguf_value *value, size_t index);   /* type F32 */
+float kvl_gguf_element_f32(const kvl_gguf_value *value, size_t index);    /* type F32 */
 
 /* Walks an array of texts without copying:
  *     kvl_gguf_texts texts = kvl_gguf_texts_of(value);

@@ -1,6 +1,6 @@
-/* model/gguf_value.c: typed look-ups in the metadata. Everything that can be wrong with a value of a
- * parsed file is its type and its range; both are refused here, with key, value and byte, so that no
- * caller casts bytes on the file's word. */
+/* model/gguf_value.c: typed look-ups in the metadata. Everything that can be wrong with a value of
+ * a parsed file is its type and its range; both are refused here, with key, value and byte, so that
+ * no caller casts bytes on the file's word. */
 #include "model/gguf.h"
 
 #include <inttypes.h>
@@ -10,7 +10,7 @@
 static const char *type_name(kvl_gguf_type type)
 {
     static const char *const names[KVL_GGUF_TYPE_COUNT] = {
-        "uint8", "int8", "uint16", "int16",  "uint32", "int32",  "float32",
+        "uint8", "int8", "uint16", "int16",  "uint32", "int32",   "float32",
         "bool",  "text", "array",  "uint64", "int64",  "float64",
     };
     KVL_ASSERT((unsigned)type < KVL_GGUF_TYPE_COUNT);
@@ -34,7 +34,8 @@ static uint64_t bits_at(const kvl_gguf_value *value, size_t index, size_t n_byte
 {
     KVL_ASSERT(index < value->n_elements && (index + 1) * n_bytes <= value->n_bytes);
     uint64_t bits = 0;
-    for (size_t i = 0; i < n_bytes; i++) bits |= (uint64_t)value->bytes[index * n_bytes + i] << (8 * i);
+    for (size_t i = 0; i < n_bytes; i++)
+        bits |= (uint64_t)value->bytes[index * n_bytes + i] << (8 * i);
     return bits;
 }
 
@@ -90,7 +91,8 @@ static kvl_status u32_of(const kvl_gguf_value *value, const char *key, uint32_t 
 {
     uint64_t magnitude = 0;
     bool negative = false;
-    if (!integer_of(value, &magnitude, &negative)) return refuse_type(value, key, "an integer", error);
+    if (!integer_of(value, &magnitude, &negative))
+        return refuse_type(value, key, "an integer", error);
     if (negative || magnitude < minimum || magnitude > maximum) {
         const bool too_large = !negative && magnitude > maximum;
         return KVL_FAIL(error, too_large ? KVL_ERR_TOO_LARGE : KVL_ERR_MALFORMED,
@@ -101,8 +103,8 @@ static kvl_status u32_of(const kvl_gguf_value *value, const char *key, uint32_t 
     return KVL_OK;
 }
 
-static kvl_status f32_of(const kvl_gguf_value *value, const char *key, float minimum,
-                         float maximum, float *result, kvl_error *error)
+static kvl_status f32_of(const kvl_gguf_value *value, const char *key, float minimum, float maximum,
+                         float *result, kvl_error *error)
 {
     double number = 0;
     if (value->type == KVL_GGUF_F32) {

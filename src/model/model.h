@@ -46,6 +46,10 @@ typedef struct kvl_model kvl_model;
  *          KVL_ERR_UNSUPPORTED  architecture, tensor type, tokenizer or template unknown here
  *          KVL_ERR_TOO_LARGE    a number is above its limit */
 KVL_MUST_USE kvl_status kvl_model_open(const char *path, kvl_model **model, kvl_error *error);
+/* Same for the bytes of a file in memory, aligned to 8, borrowed until the model is closed. */
+KVL_MUST_USE kvl_status kvl_model_parse(const void *bytes, size_t n_bytes, kvl_model **model,
+                                        kvl_error *error);
+/* NULL does nothing. */
 void kvl_model_close(kvl_model *model);
 
 const kvl_model_shape *kvl_model_shape_of(const kvl_model *model);
@@ -63,7 +67,8 @@ const kvl_tokenizer *kvl_model_tokenizer(const kvl_model *model);
 const kvl_chat_template *kvl_model_chat_template(const kvl_model *model);
 
 /* BLAKE2b-256 over architecture, shapes, frequencies and every weight: KV of one fingerprint means
- * nothing to a model of another. Computed at the first call (about a second a gigabyte). */
+ * nothing to a model of another. Computed at the first call (about a second a gigabyte). The same
+ * file gives the same digest on every machine. */
 kvl_digest kvl_model_fingerprint(const kvl_model *model);
 
 #endif /* KVL_MODEL_MODEL_H */
