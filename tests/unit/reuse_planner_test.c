@@ -1,0 +1,433 @@
+/* reuse/planner: every rule by an example, and what holds for any prompt by random ones. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include "reuse/planner.h"
+#include "test_random.h"
+
+#include <math.h>
+#include <string.h>
+
+enum { PARTS_MAX = 12 };
+
+/* Prefill 1 ms a token and a little for the square, everything else far cheaper. */
+static const kvl_plan_rates rates = {
+    .prefill_ms_per_token = 1.0,
+    .prefill_ms_per_square_token = 1e-4,
+    .local_bytes_per_ms = 1e6,
+    .fetch_bytes_per_ms = 1e5,
+    .fetch_latency_ms = 1.0,
+    .place_tokens_per_ms = 100.0,
+    .offset_tokens_per_ms = 200.0,
+};
+
+static void assert_near(double value, double wanted)
+{
+    assert_true(fabs(value - wanted) <= 1e-12 * fabs(wanted)); /* a few roundings */
+}
+
+static kvl_plan_part text(uint32_t n_tokens)
+{
+    return (kvl_plan_part){.kind = KVL_PART_TEXT,
+                           .n_tokens = n_tokens,
+                           .where = KVL_SEGMENT_LOCAL,
+                           .segment_bytes = 1000};
+}
+
+static kvl_plan_part slot(uint32_t n_tokens, kvl_anchor_verdict verdict)
+{
+    return (kvl_plan_part){.kind = KVL_PART_SLOT,
+                           .n_tokens = n_tokens,
+                           .where = KVL_SEGMENT_LOCAL,
+                           .segment_bytes = 1000,
+                           .verdict = verdict,
+                           .n_anchors = verdict == KVL_ANCHOR_SHARE ? 5 : 1};
+}
+
+/* An agent's prompt: role (in the prefix), question, text, answer, text, last words. */
+static size_t agent_prompt(kvl_plan_part *parts)
+{
+    size_t n = 0;
+    parts[n] = text(300);
+    parts[n++].n_shared = 300;
+    parts[n++] = slot(500, KVL_ANCHOR_SHARE);
+    parts[n++] = text(100);
+    parts[n++] = slot(200, KVL_ANCHOR_EXACT);
+    parts[n++] = text(20);
+    return n;
+}
+
+static void test_agent_prompt_is_reused(void **state)
+{
+    (void)state;
+    kvl_plan_part parts[PARTS_MAX];
+    kvl_plan_step steps[PARTS_MAX];
+    kvl_plan_totals totals;
+    const kvl_plan_options options = kvl_plan_default_options();
+    const size_t n = agent_prompt(parts);
+    kvl_plan_make(&options, &rates, parts, n, steps, &totals);
+    const kvl_action wanted[] = {KVL_ACTION_SHARE, KVL_ACTION_OFFSET, KVL_ACTION_OFFSET,
+                                 KVL_ACTION_OFFSET, KVL_ACTION_COMPUTE};
+    for (size_t i = 0; i < n; i++) assert_int_equal(steps[i].action, wanted[i]);
+    assert_int_equal(totals.n_shared, 300);
+    assert_int_equal(totals.n_offset, 800);
+    assert_int_equal(totals.n_placed, 0);
+    assert_int_equal(totals.n_computed, 20);
+    assert_false(totals.dense);
+    /* 500 tokens, 5 anchors: 1000 bytes / 1e6 + 500 / 100 + 500 * 5 / 200. */
+    assert_near(steps[1].cost_ms, 0.001 + 5.0 + 12.5);
+    /* 20 tokens behind 1100: 20 + 1e-4 * (1120^2 - 1100^2). */
+    assert_near(steps[4].cost_ms, 20.0 + 4.44);
+    assert_near(steps[4].cost_ms, steps[4].compute_ms);
+    assert_true(totals.cost_ms < totals.compute_ms / 10.0);
+}
+
+static void test_exact_quality_shares_and_computes_only(void **state)
+{
+    (void)state;
+    kvl_plan_part parts[PARTS_MAX];
+    kvl_plan_step steps[PARTS_MAX];
+    kvl_plan_totals totals;
+    kvl_plan_options options = kvl_plan_default_options();
+    options.quality = KVL_QUALITY_EXACT;
+    const size_t n = agent_prompt(parts);
+    kvl_plan_make(&options, &rates, parts, n, steps, &totals);
+    assert_int_equal(totals.n_shared, 300);
+    assert_int_equal(totals.n_computed, 820);
+    assert_false(steps[1].measure);
+    assert_false(totals.dense);
+}
+
+/* Invariant 13 of reuse: falling back gives the very plan of a run without reuse, but for pages of
+ * the exact prefix, which are the same KV. */
+static void test_one_missing_slot_makes_the_prompt_dense(void **state)
+{
+    (void)state;
+    kvl_plan_part parts[PARTS_MAX];
+    kvl_plan_step steps[PARTS_MAX];
+    kvl_plan_totals totals;
+    const kvl_plan_options options = kvl_plan_default_options();
+    const size_t n = agent_prompt(parts);
+    const kvl_anchor_verdict misses[] = {KVL_ANCHOR_TOO_FEW, KVL_ANCHOR_TOO_FAR};
+    for (size_t m = 0; m < 2; m++) {
+        parts[3].verdict = misses[m];
+        kvl_plan_make(&options, &rates, parts, n, steps, &totals);
+        assert_true(totals.dense);
+        assert_int_equal(totals.n_shared, 300);
+        assert_int_equal(totals.n_computed, 820);
+        for (size_t i = 0; i < n; i++) assert_int_equal(steps[i].measure, i == 3);
+        assert_int_equal(steps[1].action, KVL_ACTION_COMPUTE);
+        assert_non_null(strstr(steps[1].reason, "another slot"));
+        assert_non_null(strstr(steps[3].reason, m == 0 ? "too few" : "no anchor is near"));
+    }
+}
+
+static void test_without_all_or_nothing_only_the_slot_is_computed(void **state)
+{
+    (void)state;
+    kvl_plan_part parts[PARTS_MAX];
+    kvl_plan_step steps[PARTS_MAX];
+    kvl_plan_totals totals;
+    kvl_plan_options options = kvl_plan_default_options();
+    options.all_or_nothing = false;
+    const size_t n = agent_prompt(parts);
+    parts[1].verdict = KVL_ANCHOR_TOO_FAR;
+    kvl_plan_make(&options, &rates, parts, n, steps, &totals);
+    assert_false(totals.dense);
+    assert_int_equal(steps[1].action, KVL_ACTION_COMPUTE);
+    assert_true(steps[1].measure);
+    assert_int_equal(steps[2].action, KVL_ACTION_COMPUTE); /* its slot's anchors do not fit */
+    assert_int_equal(steps[3].action, KVL_ACTION_OFFSET);
+}
+
+static void test_fast_places_what_no_anchor_covers(void **state)
+{
+    (void)state;
+    kvl_plan_part parts[PARTS_MAX];
+    kvl_plan_step steps[PARTS_MAX];
+    kvl_plan_totals totals;
+    kvl_plan_options options = kvl_plan_default_options();
+    options.quality = KVL_QUALITY_FAST;
+    const size_t n = agent_prompt(parts);
+    parts[1].verdict = KVL_ANCHOR_TOO_FEW;
+    kvl_plan_make(&options, &rates, parts, n, steps, &totals);
+    assert_int_equal(steps[1].action, KVL_ACTION_PLACE);
+    assert_int_equal(steps[2].action, KVL_ACTION_PLACE);
+    assert_int_equal(steps[3].action, KVL_ACTION_OFFSET);
+    assert_int_equal(totals.n_placed, 600);
+    assert_false(totals.dense);
+}
+
+static void test_anchors_off_places_and_reuse_off_computes(void **state)
+{
+    (void)state;
+    kvl_plan_part parts[PARTS_MAX];
+    kvl_plan_step steps[PARTS_MAX];
+    kvl_plan_totals totals;
+    kvl_plan_options options = kvl_plan_default_options();
+    const size_t n = agent_prompt(parts);
+    parts[3].verdict = KVL_ANCHOR_TOO_FEW;
+    options.anchors = false;
+    kvl_plan_make(&options, &rates, parts, n, steps, &totals);
+    assert_int_equal(totals.n_placed, 800);
+    assert_int_equal(totals.n_shared, 300);
+    assert_int_equal(steps[4].action, KVL_ACTION_COMPUTE); /* short text, placed or not */
+    options.reuse = false;
+    kvl_plan_make(&options, &rates, parts, n, steps, &totals);
+    assert_int_equal(totals.n_computed, 1120);
+    assert_int_equal(totals.n_shared, 0);
+}
+
+/* A slot that has no segment is computed and takes nobody with it: it can never be measured. */
+static void test_slot_without_segment_is_computed_alone(void **state)
+{
+    (void)state;
+    kvl_plan_part parts[PARTS_MAX];
+    kvl_plan_step steps[PARTS_MAX];
+    kvl_plan_totals totals;
+    const kvl_plan_options options = kvl_plan_default_options();
+    const size_t n = agent_prompt(parts);
+    parts[3].where = KVL_SEGMENT_NOWHERE;
+    parts[3].verdict = KVL_ANCHOR_TOO_FEW;
+    kvl_plan_make(&options, &rates, parts, n, steps, &totals);
+    assert_false(totals.dense);
+    assert_false(steps[3].measure);
+    assert_int_equal(steps[1].action, KVL_ACTION_OFFSET);
+    assert_int_equal(steps[3].action, KVL_ACTION_COMPUTE);
+}
+
+static void test_short_text_after_a_slot_is_computed(void **state)
+{
+    (void)state;
+    kvl_plan_part parts[3] = {slot(100, KVL_ANCHOR_SHARE), text(48), text(100)};
+    kvl_plan_step steps[3];
+    kvl_plan_totals totals;
+    kvl_plan_options options = kvl_plan_default_options();
+    kvl_plan_make(&options, &rates, parts, 3, steps, &totals);
+    assert_int_equal(steps[1].action, KVL_ACTION_COMPUTE);
+    assert_int_equal(steps[2].action, KVL_ACTION_COMPUTE); /* behind a text: no anchor knows it */
+    parts[1].n_tokens = 49;
+    kvl_plan_make(&options, &rates, parts, 3, steps, &totals);
+    assert_int_equal(steps[1].action, KVL_ACTION_OFFSET);
+    options.short_text_tokens = 49;
+    kvl_plan_make(&options, &rates, parts, 3, steps, &totals);
+    assert_int_equal(steps[1].action, KVL_ACTION_COMPUTE);
+}
+
+static void test_reuse_that_does_not_pay_is_not_admitted(void **state)
+{
+    (void)state;
+    kvl_plan_part parts[2] = {slot(400, KVL_ANCHOR_SHARE), text(10)};
+    kvl_plan_step steps[2];
+    kvl_plan_totals totals;
+    const kvl_plan_options options = kvl_plan_default_options();
+    kvl_plan_rates slow = rates;
+
+    parts[0].where = KVL_SEGMENT_PEER; /* 416 ms to compute, 4 to place, 10 to correct */
+    parts[0].segment_bytes = (uint64_t)(400.0 * 1e5);
+    kvl_plan_make(&options, &slow, parts, 2, steps, &totals);
+    assert_int_equal(steps[0].action, KVL_ACTION_OFFSET);
+    assert_near(steps[0].cost_ms, 1.0 + 400.0 + 4.0 + 10.0);
+    parts[0].segment_bytes += (uint64_t)(2.0 * 1e5);
+    kvl_plan_make(&options, &slow, parts, 2, steps, &totals);
+    assert_int_equal(steps[0].action, KVL_ACTION_COMPUTE);
+
+    parts[0] = slot(400, KVL_ANCHOR_SHARE);
+    slow.offset_tokens_per_ms = 4.0; /* 500 ms to correct */
+    kvl_plan_make(&options, &slow, parts, 2, steps, &totals);
+    assert_int_equal(steps[0].action, KVL_ACTION_COMPUTE);
+    assert_non_null(strstr(steps[0].reason, "correct"));
+    /* And a slot for which loading alone costs too much is no reason to go dense. */
+    parts[0].verdict = KVL_ANCHOR_TOO_FEW;
+    slow.place_tokens_per_ms = 0.5;
+    kvl_plan_make(&options, &slow, parts, 2, steps, &totals);
+    assert_false(totals.dense);
+    assert_false(steps[0].measure);
+}
+
+static void test_unknown_rate_is_never_chosen(void **state)
+{
+    (void)state;
+    kvl_plan_part parts[2] = {slot(400, KVL_ANCHOR_SHARE), text(10)};
+    kvl_plan_step steps[2];
+    kvl_plan_totals totals;
+    const kvl_plan_options options = kvl_plan_default_options();
+    for (int which = 0; which < 4; which++) {
+        kvl_plan_rates unknown = rates;
+        parts[0].where = which == 3 ? KVL_SEGMENT_PEER : KVL_SEGMENT_LOCAL;
+        if (which == 0) unknown.place_tokens_per_ms = 0.0;
+        if (which == 1) unknown.offset_tokens_per_ms = 0.0;
+        if (which == 2) unknown.local_bytes_per_ms = 0.0;
+        if (which == 3) unknown.fetch_bytes_per_ms = 0.0;
+        kvl_plan_make(&options, &unknown, parts, 2, steps, &totals);
+        assert_int_equal(steps[0].action, KVL_ACTION_COMPUTE);
+        kvl_plan_make(&options, &rates, parts, 2, steps, &totals);
+        assert_int_equal(steps[0].action, KVL_ACTION_OFFSET);
+    }
+}
+
+static void test_sharing_ends_with_the_first_part_that_is_not_whole(void **state)
+{
+    (void)state;
+    kvl_plan_part parts[3] = {text(100), slot(200, KVL_ANCHOR_SHARE), text(10)};
+    kvl_plan_step steps[3];
+    kvl_plan_totals totals;
+    const kvl_plan_options options = kvl_plan_default_options();
+    parts[0].n_shared = 96;
+    parts[1].n_shared = 64;
+    kvl_plan_make(&options, &rates, parts, 3, steps, &totals);
+    assert_int_equal(steps[0].n_shared, 96);
+    assert_int_equal(steps[0].n_computed, 4);
+    assert_int_equal(steps[1].n_shared, 0);
+    parts[0].n_shared = 100;
+    kvl_plan_make(&options, &rates, parts, 3, steps, &totals);
+    assert_int_equal(steps[0].action, KVL_ACTION_SHARE);
+    assert_int_equal(steps[1].n_shared, 64);
+    assert_int_equal(steps[1].n_reused, 136);
+    assert_int_equal(steps[1].action, KVL_ACTION_OFFSET);
+}
+
+static void test_last_token_is_computed(void **state)
+{
+    (void)state;
+    kvl_plan_step steps[3];
+    kvl_plan_totals totals;
+    const kvl_plan_options options = kvl_plan_default_options();
+    kvl_plan_part parts[3] = {text(100), slot(200, KVL_ANCHOR_EXACT), text(0)};
+    parts[0].n_shared = 100;
+    kvl_plan_make(&options, &rates, parts, 3, steps, &totals);
+    assert_int_equal(steps[1].n_reused, 199);
+    assert_int_equal(steps[1].n_computed, 1);
+    assert_int_equal(totals.n_computed, 1);
+    parts[1].n_shared = 200; /* the whole prompt is known: all but one row */
+    kvl_plan_make(&options, &rates, parts, 3, steps, &totals);
+    assert_int_equal(steps[1].action, KVL_ACTION_SHARE);
+    assert_int_equal(steps[1].n_shared, 199);
+    assert_int_equal(totals.n_computed, 1);
+    parts[1].n_tokens = 1;
+    parts[1].n_shared = 0;
+    kvl_plan_make(&options, &rates, parts, 3, steps, &totals);
+    assert_int_equal(steps[1].action, KVL_ACTION_COMPUTE);
+    assert_non_null(strstr(steps[1].reason, "last token"));
+    kvl_plan_make(&options, &rates, NULL, 0, NULL, &totals);
+    assert_int_equal(totals.n_tokens, 0);
+}
+
+static kvl_plan_part random_part(kvl_random *random)
+{
+    kvl_plan_part part = {
+        .kind = kvl_test_below(random, 2) == 0 ? KVL_PART_TEXT : KVL_PART_SLOT,
+        .n_tokens = kvl_test_below(random, 4) == 0 ? kvl_test_below(random, 3)
+                                                   : kvl_test_below(random, 600),
+        .where = (kvl_segment_where)kvl_test_below(random, 3),
+        .segment_bytes = kvl_test_below(random, 40000000),
+        .verdict = (kvl_anchor_verdict)kvl_test_below(random, 4),
+        .n_anchors = kvl_test_below(random, 20),
+    };
+    if (kvl_test_below(random, 2) == 0) {
+        part.n_shared = part.n_tokens;
+    } else if (part.n_tokens > 0) {
+        part.n_shared = kvl_test_below(random, part.n_tokens);
+    }
+    return part;
+}
+
+static void check_step(const kvl_plan_options *options, const kvl_plan_part *part,
+                       const kvl_plan_step *step)
+{
+    assert_int_equal((uint64_t)step->n_shared + step->n_reused + step->n_computed, part->n_tokens);
+    assert_true(step->n_shared <= part->n_shared);
+    assert_non_null(step->reason);
+    /* Nothing is chosen that costs more than computing it. */
+    assert_true(step->cost_ms <= step->compute_ms * (1.0 + 1e-12));
+    if (step->n_reused > 0) {
+        assert_true(step->action == KVL_ACTION_PLACE || step->action == KVL_ACTION_OFFSET);
+        assert_int_not_equal(part->where, KVL_SEGMENT_NOWHERE);
+        assert_true(options->reuse && options->quality != KVL_QUALITY_EXACT);
+        if (step->action == KVL_ACTION_OFFSET) assert_true(options->anchors);
+        if (step->action == KVL_ACTION_PLACE) {
+            assert_true(!options->anchors || options->quality == KVL_QUALITY_FAST);
+        }
+    }
+    if (step->measure) {
+        assert_int_equal(part->kind, KVL_PART_SLOT);
+        assert_int_equal(step->n_reused, 0);
+        assert_true(part->verdict == KVL_ANCHOR_TOO_FEW || part->verdict == KVL_ANCHOR_TOO_FAR);
+    }
+}
+
+/* Invariant 12 of reuse: what is shared, reused and computed adds up to the prompt, in order; the
+ * text before the first slot is never corrected. */
+static void test_any_prompt_adds_up(void **state)
+{
+    (void)state;
+    kvl_random random = kvl_test_random();
+    for (int round = 0; round < 20000; round++) {
+        kvl_plan_part parts[PARTS_MAX];
+        kvl_plan_step steps[PARTS_MAX];
+        kvl_plan_totals totals;
+        const size_t n = 1 + kvl_test_below(&random, PARTS_MAX);
+        for (size_t i = 0; i < n; i++) parts[i] = random_part(&random);
+        const kvl_plan_options options = {
+            .quality = (kvl_quality)kvl_test_below(&random, 3),
+            .reuse = kvl_test_below(&random, 8) != 0,
+            .anchors = kvl_test_below(&random, 4) != 0,
+            .all_or_nothing = kvl_test_below(&random, 2) == 0,
+            .short_text_tokens = kvl_test_below(&random, 100),
+        };
+        kvl_plan_make(&options, &rates, parts, n, steps, &totals);
+        bool in_prefix = options.reuse, slot_seen = false;
+        uint64_t n_tokens = 0, n_reused = 0;
+        const kvl_plan_step *last = NULL;
+        for (size_t i = 0; i < n; i++) {
+            check_step(&options, &parts[i], &steps[i]);
+            if (!in_prefix) assert_int_equal(steps[i].n_shared, 0);
+            if (totals.dense) assert_int_equal(steps[i].n_reused, 0);
+            slot_seen = slot_seen || parts[i].kind == KVL_PART_SLOT;
+            if (!slot_seen) assert_int_not_equal(steps[i].action, KVL_ACTION_OFFSET);
+            in_prefix = in_prefix && parts[i].n_shared == parts[i].n_tokens;
+            n_tokens += parts[i].n_tokens;
+            n_reused += steps[i].n_reused;
+            if (parts[i].n_tokens > 0) last = &steps[i];
+        }
+        if (last != NULL) assert_true(last->n_computed >= 1);
+        assert_int_equal(totals.n_tokens, n_tokens);
+        assert_int_equal(totals.n_placed + totals.n_offset, n_reused);
+        assert_int_equal(totals.n_shared + n_reused + totals.n_computed, n_tokens);
+    }
+}
+
+static void test_actions_have_names(void **state)
+{
+    (void)state;
+    assert_string_equal(kvl_action_name(KVL_ACTION_COMPUTE), "compute");
+    assert_string_equal(kvl_action_name(KVL_ACTION_SHARE), "share");
+    assert_string_equal(kvl_action_name(KVL_ACTION_PLACE), "place");
+    assert_string_equal(kvl_action_name(KVL_ACTION_OFFSET), "offset");
+    assert_string_equal(kvl_action_name((kvl_action)77), "unknown");
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_agent_prompt_is_reused),
+        cmocka_unit_test(test_exact_quality_shares_and_computes_only),
+        cmocka_unit_test(test_one_missing_slot_makes_the_prompt_dense),
+        cmocka_unit_test(test_without_all_or_nothing_only_the_slot_is_computed),
+        cmocka_unit_test(test_fast_places_what_no_anchor_covers),
+        cmocka_unit_test(test_anchors_off_places_and_reuse_off_computes),
+        cmocka_unit_test(test_slot_without_segment_is_computed_alone),
+        cmocka_unit_test(test_short_text_after_a_slot_is_computed),
+        cmocka_unit_test(test_reuse_that_does_not_pay_is_not_admitted),
+        cmocka_unit_test(test_unknown_rate_is_never_chosen),
+        cmocka_unit_test(test_sharing_ends_with_the_first_part_that_is_not_whole),
+        cmocka_unit_test(test_last_token_is_computed),
+        cmocka_unit_test(test_any_prompt_adds_up),
+        cmocka_unit_test(test_actions_have_names),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
