@@ -25,30 +25,56 @@ typedef struct kvl_matmul_job {
     bool accumulate;   /* add to what y holds (the residual stream) */
 } kvl_matmul_job;
 
-/* Part of attention's work: rows that stand together in the batch against one slice of keys.
- * See attention/attention.h, which makes these and owns their meaning. */
+/* Attention's work: made by attention/attention.h once a step, the same for every layer. Rows are
+ * renumbered there so that rows which share pages stand together; "row" below is that number.
+ * Arrays are borrowed until the plan is made again.
+ *
+ * A tile is pages that a range of rows shares, and lies in one slice of KVL_ATTEND_SLICE_KEYS. */
 typedef struct kvl_attend_tile {
     uint32_t row_first;
     uint32_t n_rows;
-    const uint32_t *pages;   /* of the slice, in order */
-    uint32_t key_first;      /* position of the first key of the slice */
-    uint32_t n_keys;         /* keys in the slice that exist, <= the backend's slice length */
-    uint32_t partial_first;  /* where the partial of the first row goes: [n_partials] */
-    uint32_t partial_stride; /* distance between the partials of neighbouring rows */
+    uint32_t key_first;  /* position of its first key, a multiple of KVL_PAGE_TOKENS */
+    uint32_t page_first; /* index into page_ids */
+    uint32_t n_pages;
 } kvl_attend_tile;
+
+/* Rows that are worked on together, so that keys are read once for all of them. */
+typedef struct kvl_attend_block {
+    uint32_t row_first;
+    uint32_t n_rows;     /* 1 .. KVL_ATTEND_BLOCK_ROWS */
+    uint32_t tile_first; /* its tiles, in order of slices and, for every row, of keys */
+    uint32_t n_tiles;
+    uint32_t n_slices; /* of its row that sees most */
+    uint32_t run_first;
+    uint32_t n_runs;
+    uint32_t split;         /* number among the blocks with several runs */
+    uint32_t partial_first; /* where those keep partials: [n_slices][n_rows] from here */
+} kvl_attend_block;
+
+/* Neighbouring slices of one block: what one thread does for one KV head at a time. */
+typedef struct kvl_attend_run {
+    uint32_t block;
+    uint32_t tile_first;
+    uint32_t n_tiles;
+} kvl_attend_run;
 
 typedef struct kvl_attend_call {
     const kvl_pages *pages;
     uint32_t layer;
-    uint32_t n_heads;          /* query heads, a multiple of pages->n_kv_heads */
+    uint32_t n_heads; /* query heads, a multiple of pages->n_kv_heads */
     uint32_t n_rows;
-    const float *queries;      /* [n_rows][n_heads][head_dim], rotated */
-    const uint32_t *positions; /* [n_rows]: a row sees keys at positions <= its own */
+    const float *queries;      /* [n_rows][n_heads][head_dim], rotated, in the caller's order */
+    const uint32_t *order;     /* [n_rows]: row r stands at order[r] in queries and out */
+    const uint32_t *positions; /* [n_rows]: row r sees keys at positions <= positions[r] */
+    const uint32_t *page_ids;
     const kvl_attend_tile *tiles;
-    size_t n_tiles;
-    const uint32_t *row_partials; /* [n_rows + 1]: partials of row r, in order of keys */
-    size_t n_partials;
-    float *out; /* [n_rows][n_heads][head_dim] */
+    const kvl_attend_block *blocks;
+    const kvl_attend_run *runs; /* [n_runs], every block's together and in order */
+    uint32_t n_blocks;
+    uint32_t n_runs;
+    uint32_t n_splits;   /* blocks with several runs */
+    uint32_t n_partials; /* rows of those, counted once a slice */
+    float *out;          /* [n_rows][n_heads][head_dim] */
 } kvl_attend_call;
 
 typedef struct kvl_backend kvl_backend;
@@ -104,6 +130,8 @@ struct kvl_backend {
 /* Keys in one attention slice: every row's keys are cut at multiples of this position, whatever
  * the batch, so that a row's sum is always taken in the same order. */
 #define KVL_ATTEND_SLICE_KEYS 256u
+/* Rows of one block at most. A row is one token: its query heads come on top. */
+#define KVL_ATTEND_BLOCK_ROWS 32u
 
 /* "portable", "avx2", "avx512": what the CPU backend compiled. */
 typedef enum kvl_cpu_variant {
