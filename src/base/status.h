@@ -88,6 +88,12 @@ KVL_MUST_USE kvl_status kvl_error_set(kvl_error *error, kvl_status status, const
         if (kvl_try_status < 0) return kvl_try_status;                                            \
     } while (0)
 
+/* For the rare call whose failure changes nothing: says that the status was thought of. */
+static inline void kvl_ignore(kvl_status status)
+{
+    (void)status;
+}
+
 /* Our own mistakes, never outside data. Stays on in release builds: prints and aborts. */
 _Noreturn void kvl_assert_failed(const char *condition, const char *file, int line);
 #define KVL_ASSERT(condition)                                                                     \

@@ -415,3 +415,10 @@ void kvl_anchor_pool_stats(const kvl_anchor_pool *pool, kvl_anchor_stats *stats)
     *stats = (kvl_anchor_stats){
         .n_anchors = pool->n, .bytes = pool->bytes, .evictions = pool->evictions};
 }
+
+uint32_t kvl_anchor_pool_n_anchors(const kvl_anchor_pool *pool, const kvl_anchor_slot *slot)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < pool->n; i++) n += kvl_anchor_is_of(pool->anchors[i], slot);
+    return n;
+}

@@ -100,6 +100,9 @@ typedef struct kvl_anchor_match {
     float entropy_share; /* of log2 n */
 } kvl_anchor_match;
 
+/* Anchors of one slot, of whatever length. */
+uint32_t kvl_anchor_pool_n_anchors(const kvl_anchor_pool *pool, const kvl_anchor_slot *slot);
+
 /* Decides for one slot whether KV at home can be corrected.
  * Cost     reads the values of the base and of every anchor of the slot in one of four layers (in
  *          paper mode in all); allocates nothing */

@@ -1,0 +1,95 @@
+/* host/engine.h: one model on one device, with its pages, its prefix tree and its forward pass; and
+ * sessions, each the KV of one prompt.
+ * Threads  The engine thread only, but for the model, which is immutable. */
+#ifndef KVL_HOST_ENGINE_H
+#define KVL_HOST_ENGINE_H
+
+#include "cache/prefix_tree.h"
+#include "forward/forward.h"
+#include "reuse/anchor.h"
+
+typedef struct kvl_engine_options {
+    const char *model_path;
+    size_t n_threads;     /* 0: one a processor */
+    uint32_t n_positions; /* context; 0: what the model was made for */
+    uint32_t n_pages;     /* 0: enough for three whole contexts */
+    kvl_cpu_variant variant;
+} kvl_engine_options;
+
+typedef struct kvl_engine {
+    kvl_model *model;
+    kvl_pool *threads;
+    kvl_backend *backend;
+    kvl_page_pool *pool;
+    kvl_prefix_tree *tree;
+    kvl_forward *forward;
+    const kvl_model_shape *shape;
+    uint32_t n_positions;
+} kvl_engine;
+
+/* Owns     *engine: ended with kvl_engine_destroy, after its sessions
+ * Errors   those of kvl_model_open; KVL_ERR_NO_MEMORY, KVL_ERR_OUT_OF_RANGE, KVL_ERR_UNSUPPORTED */
+KVL_MUST_USE kvl_status kvl_engine_create(const kvl_engine_options *options, kvl_engine **engine,
+                                          kvl_error *error);
+void kvl_engine_destroy(kvl_engine *engine);
+
+/* The KV of one prompt: token ids and the pages that hold them. */
+typedef struct kvl_session kvl_session;
+
+KVL_MUST_USE kvl_status kvl_session_create(kvl_engine *engine, kvl_session **session,
+                                           kvl_error *error);
+/* Releases its pages. NULL does nothing. */
+void kvl_session_destroy(kvl_session *session);
+
+/* Gives the session n ids, none of them with KV yet, and pages for all of them and `n_more`. What
+ * the prefix tree holds of them is shared, by whole pages and never the last token, where
+ * `use_tree`; *n_shared says how many tokens that is. The session must be empty.
+ * Errors   KVL_ERR_OUT_OF_RANGE (longer than the context), KVL_ERR_BUSY (no pages), NO_MEMORY */
+KVL_MUST_USE kvl_status kvl_session_begin(kvl_session *session, const uint32_t *ids, uint32_t n_ids,
+                                          uint32_t n_more, bool use_tree, uint64_t salt,
+                                          uint32_t *n_shared, kvl_error *error);
+
+/* Computes the tokens at `positions` [n], ascending, in one batch: prefill of a prompt, of a part, of
+ * scattered tokens. Every position below the last that is not listed must have its KV already.
+ * logits  [n_logits][n_vocab] of the last n_logits rows; may be 0. */
+KVL_MUST_USE kvl_status kvl_session_compute(kvl_session *session, const uint32_t *positions,
+                                            uint32_t n, uint32_t n_logits, float *logits,
+                                            kvl_error *error);
+/* Same for the half-open range first .. past - 1. */
+KVL_MUST_USE kvl_status kvl_session_compute_range(kvl_session *session, uint32_t first,
+                                                  uint32_t past, uint32_t n_logits, float *logits,
+                                                  kvl_error *error);
+
+/* Appends ids without KV; more pages are had where needed. Errors as kvl_session_begin. */
+KVL_MUST_USE kvl_status kvl_session_append(kvl_session *session, const uint32_t *ids, uint32_t n,
+                                           kvl_error *error);
+/* Forgets everything from position n_tokens on. Pages stay with the session. */
+void kvl_session_truncate(kvl_session *session, uint32_t n_tokens);
+
+uint32_t kvl_session_n_tokens(const kvl_session *session);
+const uint32_t *kvl_session_tokens(const kvl_session *session);
+/* page * KVL_PAGE_TOKENS + index of a position. */
+uint32_t kvl_session_slot(const kvl_session *session, uint32_t position);
+
+/* Puts the whole pages of the first n_tokens into the prefix tree: their KV must be exact. */
+KVL_MUST_USE kvl_status kvl_session_keep_prefix(kvl_session *session, uint64_t salt,
+                                                uint32_t n_tokens, kvl_error *error);
+
+/* Copies KV of positions first .. first + n - 1 out, keys rotated back:
+ * keys, values [n_layers][n][n_kv_heads][head_dim] float */
+void kvl_session_extract(kvl_session *session, uint32_t first, uint32_t n, float *keys,
+                         float *values);
+
+/* KV of a run of tokens to be placed: tokens token_first .. token_first + n - 1 of a view, keys not
+ * rotated, go to positions position_first .. position_first + n - 1. */
+typedef struct kvl_placement {
+    const kvl_kv_view *kv;
+    uint32_t token_first;
+    uint32_t position_first;
+    uint32_t n;
+} kvl_placement;
+
+/* The positions are the session's, and their pages its own. */
+void kvl_session_place(kvl_session *session, const kvl_placement *placement);
+
+#endif /* KVL_HOST_ENGINE_H */

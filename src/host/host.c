@@ -1,0 +1,312 @@
+/* host/host.c: makes a host out of the rooms, and does its tasks one after another. */
+#include "host/host.h"
+
+#include "base/alloc.h"
+#include "base/log.h"
+#include "host/host_parts.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* A task as it waits for the engine thread. */
+typedef struct waiting_task {
+    uint64_t id;
+    size_t n_bytes;
+    uint8_t body[];
+} waiting_task;
+
+kvl_host_options kvl_host_default_options(void)
+{
+    return (kvl_host_options){
+        .store_bytes_max = UINT64_C(4) << 30,
+        .memory_bytes_max = UINT64_C(1) << 30,
+        .anchors = kvl_anchor_default_options(),
+        .segment_dtype = KVL_KV_F16,
+    };
+}
+
+/* On the exchange thread: copies the body and leaves. */
+static void accept_task(void *context, uint64_t id, const void *body, size_t n_bytes)
+{
+    kvl_host *host = context;
+    waiting_task *task = kvl_alloc(sizeof *task + n_bytes);
+    kvl_status status = KVL_ERR_NO_MEMORY;
+    if (task != NULL) {
+        task->id = id;
+        task->n_bytes = n_bytes;
+        memcpy(task->body, body, n_bytes);
+        status = kvl_queue_push(host->tasks, task);
+    }
+    if (status == KVL_OK) return;
+    kvl_free(task);
+    kvl_exchange_reply(host->exchange, id, status, "this host has no room for another task", NULL,
+                       0);
+}
+
+/* The canonical header is the chat template's own opening before a user's text. */
+static kvl_status find_home_ids(kvl_host *host, kvl_error *error)
+{
+    const kvl_message message = {"user", "text", 4};
+    kvl_prompt prompt = {0};
+    kvl_status status = kvl_chat_render(kvl_model_chat_template(host->engine->model),
+                                        kvl_model_tokenizer(host->engine->model), &message, 1,
+                                        false, &prompt, error);
+    if (status == KVL_OK) {
+        KVL_ASSERT(prompt.n_parts > 0 && prompt.parts[0].message < 0);
+        host->n_home_ids = prompt.parts[0].n_tokens;
+        host->home_ids = kvl_alloc_zero(host->n_home_ids, sizeof *host->home_ids);
+        if (host->home_ids == NULL) {
+            status = KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for the header");
+        } else {
+            memcpy(host->home_ids, prompt.ids, host->n_home_ids * sizeof *host->home_ids);
+        }
+    }
+    kvl_prompt_deinit(&prompt);
+    if (status != KVL_OK) return status;
+    const kvl_digest nothing = {{0}};
+    host->home = kvl_segment_id(host->tenant_key, &host->fingerprint, &nothing, host->home_ids,
+                                host->n_home_ids);
+    return KVL_OK;
+}
+
+static kvl_status open_store(kvl_host *host, const kvl_host_options *options, kvl_error *error)
+{
+    kvl_tier *tiers[2] = {NULL, NULL};
+    const kvl_lmdb_tier_options lmdb = {
+        .path = options->store_path,
+        .bytes_max = options->store_bytes_max,
+        .fingerprint = host->fingerprint,
+        .durable = false,
+    };
+    KVL_TRY(kvl_memory_tier_create(options->memory_bytes_max, &tiers[0], error));
+    kvl_status status = kvl_lmdb_tier_create(&lmdb, &tiers[1], error);
+    if (status == KVL_OK) status = kvl_stack_tier_create(tiers, 2, &host->store, error);
+    if (status != KVL_OK) {
+        tiers[0]->ops->destroy(tiers[0]);
+        if (tiers[1] != NULL) tiers[1]->ops->destroy(tiers[1]);
+        return status;
+    }
+    host->memory = tiers[0];
+    return KVL_OK;
+}
+
+typedef struct anchor_ids {
+    kvl_digest *ids;
+    size_t n, n_max;
+} anchor_ids;
+
+static bool collect_anchor(void *context, const kvl_digest *id, kvl_container_kind kind,
+                           uint64_t n_bytes)
+{
+    (void)n_bytes;
+    anchor_ids *found = context;
+    if (kind != KVL_CONTAINER_ANCHOR) return true;
+    if (found->n == found->n_max) {
+        const size_t n_max = found->n_max == 0 ? 64 : 2 * found->n_max;
+        kvl_digest *grown = kvl_realloc(found->ids, n_max * sizeof *grown);
+        if (grown == NULL) return false;
+        found->ids = grown;
+        found->n_max = n_max;
+    }
+    found->ids[found->n++] = *id;
+    return true;
+}
+
+/* Anchors survive a restart: what the store has goes into the pool. */
+static void load_anchors(kvl_host *host)
+{
+    anchor_ids found = {0};
+    host->store->ops->list(host->store, collect_anchor, &found);
+    for (size_t i = 0; i < found.n; i++) {
+        kvl_container *container = NULL;
+        kvl_error error = {0};
+        kvl_status status =
+            host->store->ops->get(host->store, &found.ids[i], true, &container, &error);
+        if (status == KVL_OK)
+            status = kvl_anchor_pool_add(host->anchors, &host->fingerprint, container, &error);
+        if (status != KVL_OK)
+            kvl_log(KVL_LOG_WARN, "anchor_not_loaded", "status=%s text=\"%s\"",
+                    kvl_status_name(status), error.text);
+        kvl_container_release(container);
+    }
+    kvl_free(found.ids);
+}
+
+static kvl_status create_parts(kvl_host *host, const kvl_host_options *options, kvl_error *error)
+{
+    KVL_TRY(kvl_engine_create(&options->engine, &host->engine, error));
+    host->fingerprint = kvl_model_fingerprint(host->engine->model);
+    host->logits = kvl_alloc_aligned(host->engine->shape->n_vocab * sizeof(float));
+    if (host->logits == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for logits");
+    KVL_TRY(find_home_ids(host, error));
+    KVL_TRY(open_store(host, options, error));
+    kvl_anchor_options anchors = options->anchors;
+    anchors.threads = host->engine->threads;
+    KVL_TRY(kvl_anchor_pool_create(&anchors, &host->anchors, error));
+    load_anchors(host);
+    if (kvl_queue_create(KVL_HOST_TASKS_MAX, &host->tasks) != KVL_OK)
+        return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for the task queue");
+    const kvl_exchange_options exchange = {
+        .name = options->name,
+        .endpoint = options->endpoint,
+        .peers = options->peers,
+        .n_peers = options->n_peers,
+        .store = host->store,
+        .fingerprint = host->fingerprint,
+        .clock = host->clock,
+        .task = accept_task,
+        .task_context = host,
+    };
+    return kvl_exchange_start(&exchange, &host->exchange, error);
+}
+
+kvl_status kvl_host_create(const kvl_host_options *options, kvl_host **host, kvl_error *error)
+{
+    *host = NULL;
+    if (options->name == NULL || strlen(options->name) >= KVL_SLOT_NAME_MAX)
+        return KVL_FAIL(error, KVL_ERR_INVALID, "the host's name must have 1 to %u bytes",
+                        KVL_SLOT_NAME_MAX - 1);
+    kvl_host *made = kvl_alloc_zero(1, sizeof *made);
+    if (made == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a host");
+    made->clock = kvl_clock_system();
+    made->segment_dtype = options->segment_dtype;
+    made->rates = host_first_rates();
+    memcpy(made->tenant_key, options->tenant_key, sizeof made->tenant_key);
+    memcpy(made->name, options->name, strlen(options->name) + 1);
+    kvl_log_set_host(options->name);
+    const kvl_status status = create_parts(made, options, error);
+    if (status != KVL_OK) {
+        kvl_host_destroy(made);
+        return status;
+    }
+    *host = made;
+    return KVL_OK;
+}
+
+void kvl_host_destroy(kvl_host *host)
+{
+    if (host == NULL) return;
+    if (host->tasks != NULL) kvl_queue_close(host->tasks);
+    kvl_exchange_stop(host->exchange);
+    if (host->tasks != NULL) {
+        for (void *task = kvl_queue_pop(host->tasks); task != NULL;
+             task = kvl_queue_pop(host->tasks))
+            kvl_free(task);
+    }
+    kvl_queue_destroy(host->tasks);
+    kvl_anchor_pool_destroy(host->anchors);
+    if (host->store != NULL) host->store->ops->destroy(host->store);
+    for (size_t i = 0; i < KVL_PARTS_MAX; i++) kv_buffer_deinit(&host->bases[i]);
+    kv_buffer_deinit(&host->corrected);
+    reference_deinit(&host->reference);
+    kvl_free(host->logits);
+    kvl_free(host->home_ids);
+    kvl_engine_destroy(host->engine);
+    kvl_free(host);
+}
+
+static void reply(kvl_host *host, uint64_t task, kvl_status status, const kvl_error *error,
+                  const Kvloom__V1__HostReply *message)
+{
+    if (status != KVL_OK) {
+        kvl_exchange_reply(host->exchange, task, status, error->text, NULL, 0);
+        return;
+    }
+    const size_t n_bytes = kvloom__v1__host_reply__get_packed_size(message);
+    uint8_t *body = kvl_alloc(n_bytes == 0 ? 1 : n_bytes);
+    if (body == NULL) {
+        kvl_exchange_reply(host->exchange, task, KVL_ERR_NO_MEMORY, "no memory for the reply", NULL,
+                           0);
+        return;
+    }
+    (void)kvloom__v1__host_reply__pack(message, body);
+    kvl_exchange_reply(host->exchange, task, KVL_OK, NULL, body, n_bytes);
+    kvl_free(body);
+}
+
+/* A second host keeps a copy of an anchor, so that its maker can have it back after losing its disk. */
+static kvl_status keep_container(kvl_host *host, const ProtobufCBinaryData *asked,
+                                 kvl_error *error)
+{
+    enum { KEEP_TIMEOUT_MS = 10000 };
+    if (asked->len != KVL_DIGEST_BYTES)
+        return KVL_FAIL(error, KVL_ERR_INVALID, "the id has %zu bytes, must have %u", asked->len,
+                        KVL_DIGEST_BYTES);
+    kvl_digest id;
+    memcpy(id.bytes, asked->data, sizeof id.bytes);
+    if (host->store->ops->has(host->store, &id)) return KVL_OK;
+    kvl_container *container = NULL;
+    const int64_t deadline = kvl_clock_now(host->clock) + KEEP_TIMEOUT_MS * KVL_NS_PER_MS;
+    KVL_TRY(kvl_exchange_fetch(host->exchange, &id, deadline, &container, NULL, 0, error));
+    const kvl_status status = host->store->ops->put(host->store, container, error);
+    kvl_container_release(container);
+    return status;
+}
+
+static void fill_status(kvl_host *host, Kvloom__V1__StatusReply *status)
+{
+    kvl_anchor_stats anchors = {0};
+    kvl_tier_stats store = {0};
+    kvl_anchor_pool_stats(host->anchors, &anchors);
+    host->store->ops->stats(host->store, &store);
+    status->name = host->name;
+    status->n_anchors = anchors.n_anchors;
+    status->anchor_bytes = anchors.bytes;
+    status->store_containers = store.n_containers;
+    status->store_bytes = store.bytes;
+    status->free_pages = kvl_page_pool_n_free(host->engine->pool);
+    status->tree_pages = kvl_prefix_tree_n_pages(host->engine->tree);
+    status->model = (char *)(uintptr_t)host->engine->shape->name;
+}
+
+static void do_task(kvl_host *host, const waiting_task *task)
+{
+    kvl_error error = {0};
+    Kvloom__V1__HostTask *asked = kvloom__v1__host_task__unpack(NULL, task->n_bytes, task->body);
+    Kvloom__V1__HostReply answer = KVLOOM__V1__HOST_REPLY__INIT;
+    Kvloom__V1__RunReply ran = KVLOOM__V1__RUN_REPLY__INIT;
+    Kvloom__V1__StatusReply state = KVLOOM__V1__STATUS_REPLY__INIT;
+    kvl_status status = KVL_OK;
+    switch (asked == NULL ? KVLOOM__V1__HOST_TASK__WHAT__NOT_SET : asked->what_case) {
+    case KVLOOM__V1__HOST_TASK__WHAT_RUN:
+        status = host_run_task(host, asked->run, &ran, &error);
+        answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_RUN;
+        answer.run = &ran;
+        break;
+    case KVLOOM__V1__HOST_TASK__WHAT_KEEP:
+        status = keep_container(host, &asked->keep->id, &error);
+        answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_KEPT;
+        answer.kept = true;
+        break;
+    case KVLOOM__V1__HOST_TASK__WHAT_STATUS:
+        fill_status(host, &state);
+        answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_STATUS;
+        answer.status = &state;
+        break;
+    case KVLOOM__V1__HOST_TASK__WHAT_STOP:
+        host->stopping = true;
+        answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_STOPPING;
+        answer.stopping = true;
+        break;
+    default:
+        status = KVL_FAIL(&error, KVL_ERR_MALFORMED, "this task is not one that this host knows");
+    }
+    reply(host, task->id, status, &error, &answer);
+    host_reply_deinit(&ran);
+    if (asked != NULL) kvloom__v1__host_task__free_unpacked(asked, NULL);
+}
+
+void kvl_host_run(kvl_host *host)
+{
+    while (!host->stopping) {
+        waiting_task *task = kvl_queue_pop(host->tasks);
+        if (task == NULL) return;
+        do_task(host, task);
+        kvl_free(task);
+    }
+}
+
+void kvl_host_stop(kvl_host *host)
+{
+    kvl_queue_close(host->tasks);
+}

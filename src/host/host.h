@@ -1,0 +1,46 @@
+/* host/host.h: one agent host: an engine, a store, anchors and an exchange, run by tasks.
+ *
+ * Tasks come from clients over the exchange (proto/host.proto) and are done one after another by the
+ * engine thread; a full queue is answered with KVL_ERR_BUSY.
+ * Threads  kvl_host_run takes the calling thread as the engine thread. */
+#ifndef KVL_HOST_HOST_H
+#define KVL_HOST_HOST_H
+
+#include "exchange/exchange.h"
+#include "host/engine.h"
+
+#define KVL_TENANT_KEY_BYTES 32u
+#define KVL_HOST_TASKS_MAX 16u
+
+typedef struct kvl_host_options {
+    const char *name;
+    const char *endpoint;
+    const kvl_exchange_peer *peers;
+    size_t n_peers;
+    const char *store_path;      /* directory of the LMDB store */
+    uint64_t store_bytes_max;    /* of the LMDB tier */
+    uint64_t memory_bytes_max;   /* of the memory tier */
+    kvl_engine_options engine;
+    kvl_anchor_options anchors;
+    kvl_kv_dtype segment_dtype;  /* of segments that this host publishes */
+    uint8_t tenant_key[KVL_TENANT_KEY_BYTES];
+} kvl_host_options;
+
+/* Everything off but the sizes: 4 GiB of store, 1 GiB of memory, float16 segments. */
+kvl_host_options kvl_host_default_options(void);
+
+typedef struct kvl_host kvl_host;
+
+/* Opens model, store and exchange, and loads the anchors that the store has.
+ * Owns     *host: ended with kvl_host_destroy
+ * Errors   those of kvl_engine_create, kvl_lmdb_tier_create and kvl_exchange_start */
+KVL_MUST_USE kvl_status kvl_host_create(const kvl_host_options *options, kvl_host **host,
+                                        kvl_error *error);
+void kvl_host_destroy(kvl_host *host);
+
+/* Does tasks until a client's stop task or kvl_host_stop. */
+void kvl_host_run(kvl_host *host);
+/* Ends kvl_host_run after the task that runs. Any thread. */
+void kvl_host_stop(kvl_host *host);
+
+#endif /* KVL_HOST_HOST_H */

@@ -1,0 +1,144 @@
+/* host/host_parts.h: what the files of this room share; private to it. */
+#ifndef KVL_HOST_HOST_PARTS_H
+#define KVL_HOST_HOST_PARTS_H
+
+#include "base/clock.h"
+#include "base/queue.h"
+#include "host.pb-c.h"
+#include "host/host.h"
+#include "reuse/planner.h"
+
+#define KVL_PARTS_MAX 64u
+#define KVL_SLOT_NAME_MAX 32u
+
+/* Float rows of KV of a run of tokens, all layers: [n_layers][n_tokens][n_kv_heads][head_dim].
+ * Grown as needed and kept: first touch of fresh memory costs more than filling it. */
+typedef struct kv_buffer {
+    float *keys, *values;
+    size_t n_floats; /* room in each */
+} kv_buffer;
+
+/* Distributions of the last full run: what reuse is compared with. */
+typedef struct reference {
+    kvl_digest prompt;  /* digest of the prompt's ids */
+    uint32_t *tokens;   /* [n_tokens] the answer */
+    uint32_t n_tokens;
+    float *logits;      /* [n_positions][n_vocab]: before each token, and after the last one */
+    uint32_t n_positions, n_positions_max;
+} reference;
+
+struct kvl_host {
+    kvl_engine *engine;
+    kvl_tier *store;  /* the stack of memory and LMDB */
+    kvl_tier *memory; /* its first tier, borrowed from it: what came from peers stays here */
+    kvl_exchange *exchange;
+    kvl_anchor_pool *anchors;
+    kvl_queue *tasks;
+    const kvl_clock *clock;
+    kvl_kv_dtype segment_dtype;
+    uint8_t tenant_key[KVL_TENANT_KEY_BYTES];
+    char name[KVL_SLOT_NAME_MAX];
+    kvl_digest fingerprint;
+    uint32_t *home_ids;    /* the canonical header that slots' texts are computed behind */
+    uint32_t n_home_ids;
+    kvl_digest home;       /* its id */
+    kv_buffer bases[KVL_PARTS_MAX]; /* of each slot of the run */
+    kv_buffer corrected;
+    float *logits;         /* [n_vocab] */
+    reference reference;
+    kvl_plan_rates rates;  /* measured on this host, refreshed by every run */
+    bool stopping;
+};
+
+/* One part of a prompt as the host sees it. */
+typedef struct run_part {
+    const Kvloom__V1__PromptPart *asked;
+    uint32_t first, n_tokens;
+    bool is_slot;
+    bool is_canonical;          /* its home is the canonical header */
+    uint32_t slot;              /* number of the slot in the template */
+    kvl_digest home, id;
+    kvl_container *container;   /* its KV at home, once it is had; a reference */
+    bool computed_at_home;      /* by this host, in this run */
+    bool is_missing;            /* asked for and not to be had */
+    char from[KVL_SLOT_NAME_MAX];
+    uint64_t fetched_bytes;
+    kvl_anchor_match match;
+    kvl_plan_step step;         /* what the planner chose */
+} run_part;
+
+typedef struct run {
+    kvl_host *host;
+    const Kvloom__V1__RunTask *task;
+    uint32_t *ids;
+    size_t n_ids;
+    run_part parts[KVL_PARTS_MAX];
+    uint32_t n_parts;
+    kvl_digest template_id;
+    uint64_t salt;
+    kvl_session *session;
+    uint32_t n_shared;
+    uint32_t *positions; /* [n_ids] scratch: what is computed */
+    bool is_exact; /* only shared and computed: the answer must be that of a full prefill */
+    /* Outcome. */
+    uint32_t n_answer;
+    bool ended;
+    int64_t start_ns, first_token_ns, end_ns;
+    int64_t fetch_ns, correct_ns, place_ns, compute_ns;
+    kvl_digest answer_home;
+    kvl_digest *anchors; /* [KVL_PARTS_MAX] measured in this run */
+    uint32_t n_anchors, n_wrong;
+    Kvloom__V1__Evaluation evaluation, place_only;
+    bool has_evaluation, has_place_only;
+} run;
+
+/* host/buffer.c */
+KVL_MUST_USE kvl_status kv_buffer_reserve(kv_buffer *buffer, const kvl_model_shape *shape,
+                                          uint32_t n_tokens, kvl_error *error);
+void kv_buffer_deinit(kv_buffer *buffer);
+kvl_kv_view kv_buffer_view(const kv_buffer *buffer, const kvl_model_shape *shape,
+                           uint32_t n_tokens);
+/* Decodes all layers of a segment into the buffer, in parallel. */
+KVL_MUST_USE kvl_status kv_buffer_load(kv_buffer *buffer, kvl_engine *engine,
+                                       const kvl_container *container, kvl_error *error);
+
+/* host/prompt.c: parts of the task to ids; `run` keeps what it makes until run_deinit. */
+KVL_MUST_USE kvl_status run_init(run *r, kvl_host *host, const Kvloom__V1__RunTask *task,
+                                 kvl_error *error);
+void run_deinit(run *r);
+
+/* host/resolve.c: has the KV at home of every slot: store, peers, or computed behind the header
+ * where that is allowed. A slot whose KV cannot be had is marked and logged, no error. */
+KVL_MUST_USE kvl_status run_resolve(run *r, bool may_compute, kvl_error *error);
+
+/* host/publish.c */
+/* KV of positions first .. first + n - 1 as a sealed segment, stored and announced. */
+KVL_MUST_USE kvl_status host_publish(kvl_host *host, kvl_session *session, uint32_t first,
+                                     uint32_t n, const kvl_digest *home, bool is_canonical,
+                                     kvl_container **container, kvl_error *error);
+/* Measures anchors of every slot that none covers yet, from the exact prompt of the session. */
+KVL_MUST_USE kvl_status run_measure_anchors(run *r, kvl_error *error);
+
+/* host/reuse.c */
+/* What the planner believes before anything was measured here. */
+kvl_plan_rates host_first_rates(void);
+/* Chooses what to do with each part: matches anchors where KV at home was resolved. */
+KVL_MUST_USE kvl_status run_plan(run *r, kvl_error *error);
+/* Places what is reused, corrected by anchors where `with_anchors`, and computes the rest; logits of
+ * the prompt's last token end in host->logits. */
+KVL_MUST_USE kvl_status run_fill(run *r, bool with_anchors, kvl_error *error);
+
+/* host/evaluate.c */
+void reference_deinit(reference *kept);
+KVL_MUST_USE kvl_status reference_begin(reference *kept, const run *r, kvl_error *error);
+void reference_add(reference *kept, uint32_t n_vocab, const float *logits);
+/* Forces the reference's answer behind the first n_prompt tokens of the session and compares. */
+KVL_MUST_USE kvl_status run_evaluate(run *r, Kvloom__V1__Evaluation *evaluation, kvl_error *error);
+
+/* host/run.c: one run task from end to end; packs the reply. */
+KVL_MUST_USE kvl_status host_run_task(kvl_host *host, const Kvloom__V1__RunTask *task,
+                                      Kvloom__V1__RunReply *reply, kvl_error *error);
+/* Frees what host_run_task put into the reply. */
+void host_reply_deinit(Kvloom__V1__RunReply *reply);
+
+#endif /* KVL_HOST_HOST_PARTS_H */

@@ -1,0 +1,116 @@
+/* host/prompt.c: the parts of a task become ids. Parts are tokenized one by one, so that the ids of
+ * a slot's text are the same in every prompt that it stands in. */
+#include "base/alloc.h"
+#include "host/host_parts.h"
+
+#include <string.h>
+
+static kvl_status append_ids(run *r, const uint32_t *ids, size_t n, kvl_error *error)
+{
+    const uint32_t n_vocab = r->host->engine->shape->n_vocab;
+    for (size_t i = 0; i < n; i++) {
+        if (ids[i] >= n_vocab)
+            return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE,
+                            "token %zu of part %u is %u; ids of this model are below %u", i,
+                            r->n_parts, ids[i], n_vocab);
+    }
+    uint32_t *grown = kvl_realloc(r->ids, (r->n_ids + n) * sizeof *grown);
+    if (grown == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a prompt");
+    memcpy(grown + r->n_ids, ids, n * sizeof *ids);
+    r->ids = grown;
+    r->n_ids += n;
+    return KVL_OK;
+}
+
+static kvl_status add_ids_of_part(run *r, const Kvloom__V1__PromptPart *asked, kvl_error *error)
+{
+    if (asked->n_tokens > 0) return append_ids(r, asked->tokens, asked->n_tokens, error);
+    const bool is_template = asked->slot[0] == '\0';
+    return kvl_tokenize(kvl_model_tokenizer(r->host->engine->model), (const char *)asked->text.data,
+                        asked->text.len, is_template, &r->ids, &r->n_ids, error);
+}
+
+/* An answer carries the context that it was decoded in; other texts are computed behind the
+ * canonical header, so everybody who has the text has the same id. */
+static kvl_status find_home(run *r, run_part *part, kvl_error *error)
+{
+    const Kvloom__V1__PromptPart *asked = part->asked;
+    part->is_canonical = asked->home.len == 0;
+    part->home = r->host->home;
+    if (!part->is_canonical) {
+        if (asked->home.len != KVL_DIGEST_BYTES)
+            return KVL_FAIL(error, KVL_ERR_INVALID, "the home of part %u has %zu bytes, must have %u",
+                            r->n_parts, asked->home.len, KVL_DIGEST_BYTES);
+        memcpy(part->home.bytes, asked->home.data, KVL_DIGEST_BYTES);
+    }
+    part->id = kvl_segment_id(r->host->tenant_key, &r->host->fingerprint, &part->home,
+                              r->ids + part->first, part->n_tokens);
+    return KVL_OK;
+}
+
+static kvl_status add_part(run *r, const Kvloom__V1__PromptPart *asked, uint32_t *n_slots,
+                           kvl_error *error)
+{
+    run_part *part = &r->parts[r->n_parts];
+    *part = (run_part){.asked = asked, .first = (uint32_t)r->n_ids};
+    KVL_TRY(add_ids_of_part(r, asked, error));
+    if (r->n_ids > r->host->engine->n_positions)
+        return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE,
+                        "the prompt has more than the %u tokens of the context",
+                        r->host->engine->n_positions);
+    part->n_tokens = (uint32_t)r->n_ids - part->first;
+    part->is_slot = asked->slot[0] != '\0';
+    if (part->is_slot) {
+        part->slot = (*n_slots)++;
+        KVL_TRY(find_home(r, part, error));
+    }
+    r->n_parts++;
+    return KVL_OK;
+}
+
+/* The template is what stays the same from run to run: its name, its text, the order of its slots. */
+static kvl_digest identify_template(const run *r)
+{
+    kvl_digester digester;
+    kvl_digester_init(&digester, r->host->tenant_key, sizeof r->host->tenant_key);
+    const char *const names[] = {"kvloom template", r->task->workflow, r->task->template_name};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        kvl_digester_add(&digester, names[i], strlen(names[i]) + 1);
+    kvl_digester_add(&digester, r->host->fingerprint.bytes, KVL_DIGEST_BYTES);
+    for (uint32_t p = 0; p < r->n_parts; p++) {
+        const run_part *part = &r->parts[p];
+        kvl_digester_add_u64(&digester, part->is_slot ? UINT64_MAX : part->n_tokens);
+        if (!part->is_slot)
+            kvl_digester_add(&digester, r->ids + part->first, part->n_tokens * sizeof *r->ids);
+    }
+    return kvl_digester_end(&digester);
+}
+
+kvl_status run_init(run *r, kvl_host *host, const Kvloom__V1__RunTask *task, kvl_error *error)
+{
+    *r = (run){.host = host, .task = task, .start_ns = kvl_clock_now(host->clock)};
+    r->salt = kvl_checksum(host->tenant_key, sizeof host->tenant_key);
+    if (task->n_parts == 0 || task->n_parts > KVL_PARTS_MAX)
+        return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "a prompt has 1 to %u parts, this one %zu",
+                        KVL_PARTS_MAX, task->n_parts);
+    if (strlen(task->workflow) > 64 || strlen(task->template_name) > 64)
+        return KVL_FAIL(error, KVL_ERR_TOO_LARGE, "workflow and template_name have at most 64 bytes");
+    uint32_t n_slots = 0;
+    for (size_t p = 0; p < task->n_parts; p++) KVL_TRY(add_part(r, task->parts[p], &n_slots, error));
+    if (r->n_ids == 0) return KVL_FAIL(error, KVL_ERR_INVALID, "the prompt has no tokens");
+    r->template_id = identify_template(r);
+    r->positions = kvl_alloc_zero(r->n_ids, sizeof *r->positions);
+    r->anchors = kvl_alloc_zero(KVL_PARTS_MAX, sizeof *r->anchors);
+    if (r->positions == NULL || r->anchors == NULL)
+        return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a run");
+    return kvl_session_create(host->engine, &r->session, error);
+}
+
+void run_deinit(run *r)
+{
+    for (uint32_t p = 0; p < r->n_parts; p++) kvl_container_release(r->parts[p].container);
+    kvl_session_destroy(r->session);
+    kvl_free(r->ids);
+    kvl_free(r->positions);
+    kvl_free(r->anchors);
+}
