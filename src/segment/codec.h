@@ -5,11 +5,21 @@
 
 #include "segment/container.h"
 
+/* A block is numbers in the segment's dtype, little endian, head by head:
+ *   keys [n_kv_heads][n_tokens][head_dim], values the same;
+ *   int8 only, behind them: scales of keys [n_kv_heads][n_tokens] float16, scales of values the same.
+ * Rounding is to nearest, ties to even. int8: a group is one head of one token; its scale is the
+ * smallest float16 that is at least max|x| / 127, a number stands for q * scale, so that
+ * |x - q * scale| <= scale / 2. Numbers too large for that (above 127 * 65504) and infinities become
+ * +-127, NaN becomes 0; neither counts in max|x|.
+ * A block must be aligned to 2 bytes. */
+
 /* Bytes of one block (keys and values of one layer). False on overflow or an unknown dtype. */
 KVL_MUST_USE bool kvl_segment_block_bytes(kvl_kv_dtype dtype, uint32_t n_kv_heads,
                                           uint32_t n_tokens, uint32_t head_dim, uint64_t *n_bytes);
 
-/* keys, values [n_tokens][n_kv_heads][head_dim] float (token-major, as pages_read gives them) into
+/* `block` gets kvl_segment_block_bytes bytes, each of them written.
+ * keys, values [n_tokens][n_kv_heads][head_dim] float (token-major, as pages_read gives them) into
  * a block (head-major). */
 void kvl_segment_encode_block(kvl_kv_dtype dtype, uint32_t n_kv_heads, uint32_t n_tokens,
                               uint32_t head_dim, const float *keys, const float *values,
@@ -20,7 +30,8 @@ void kvl_segment_decode_block(kvl_kv_dtype dtype, uint32_t n_kv_heads, uint32_t 
                               uint32_t head_dim, const void *block, uint32_t token_first,
                               uint32_t n, float *keys, float *values);
 
-/* The number formats themselves, n numbers each. */
+/* The number formats themselves, n numbers each; the processor's own conversion and ours give the
+ * same bits, subnormals and NaN included (NaN becomes quiet and keeps its upper bits). */
 void kvl_f16_from_f32(size_t n, const float *in, uint16_t *out);
 void kvl_f32_from_f16(size_t n, const uint16_t *in, float *out);
 

@@ -15,6 +15,10 @@
 #define KVL_CONTAINER_VERSION 1u
 #define KVL_CONTAINER_BYTES_MAX ((uint64_t)8 << 30)
 #define KVL_CONTAINER_HEADER_BYTES_MAX (1u << 20)
+#define KVL_CONTAINER_EXTRA_BYTES_MAX (1u << 16)
+#define KVL_CONTAINER_LAYERS_MAX 1024u
+#define KVL_CONTAINER_HEADS_MAX 1024u
+#define KVL_CONTAINER_HEAD_DIM_MAX 4096u
 #define KVL_SEGMENT_TOKENS_MAX (1u << 17)
 
 typedef enum kvl_container_kind { KVL_CONTAINER_SEGMENT = 1, KVL_CONTAINER_ANCHOR = 2 } kvl_container_kind;
@@ -28,7 +32,9 @@ typedef enum kvl_kv_dtype {
 } kvl_kv_dtype;
 
 /* What a header says. For a segment, block l is keys [n_kv_heads][n_tokens][head_dim] (before
- * rotation), then values in the same shape. For an anchor, reuse/anchor.h says what a block is. */
+ * rotation), then values in the same shape, then, for int8, float16 scales of keys and of values
+ * [n_kv_heads][n_tokens]. For an anchor, reuse/anchor_layout.h says what a block is, and n_tokens
+ * may be 0. */
 typedef struct kvl_container_info {
     kvl_container_kind kind;
     kvl_digest id;
@@ -52,20 +58,29 @@ typedef struct kvl_container kvl_container;
 
 /* Makes a container with the header written and blocks zeroed, to be filled and sealed.
  * Takes copies of tokens and extra; info->id is set by kvl_container_seal's caller beforehand.
- * Errors   KVL_ERR_OUT_OF_RANGE (text names the field), KVL_ERR_NO_MEMORY */
+ * Errors   KVL_ERR_OUT_OF_RANGE (text names the field), KVL_ERR_TOO_LARGE (the whole is),
+ *          KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status kvl_container_create(const kvl_container_info *info,
                                              kvl_container **container, kvl_error *error);
-/* Writes the checksums; from now on nobody writes to it. */
+/* Writes the checksums; from now on nobody writes to it. A container of kvl_container_from_header
+ * is sealed by its last block check already, with the table that came with it: then, as for any
+ * sealed container, this does nothing. */
 void kvl_container_seal(kvl_container *container);
+bool kvl_container_is_sealed(const kvl_container *container);
 
-/* Makes an unsealed container from the header bytes of a peer or a file, with room for its blocks;
- * each block is written to kvl_container_block and accepted by kvl_container_block_check.
+/* Makes an unsealed container from the header bytes of a peer or a file (exactly what
+ * kvl_container_header gives), with room for its blocks; each block is written to
+ * kvl_container_block and accepted by kvl_container_block_check. Once all have been accepted the
+ * container is sealed. What stands in a block before it is written is undefined.
  * Errors   KVL_ERR_DAMAGED, KVL_ERR_FOREIGN (version), KVL_ERR_TOO_LARGE, KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status kvl_container_from_header(const void *bytes, size_t n_bytes,
                                                   kvl_container **container, kvl_error *error);
 /* Copies whole container bytes and checks everything. Errors as above. */
 KVL_MUST_USE kvl_status kvl_container_from_bytes(const void *bytes, size_t n_bytes,
                                                  kvl_container **container, kvl_error *error);
+/* Same, and leaves blocks to their readers where `check_blocks` is false. */
+KVL_MUST_USE kvl_status kvl_container_copy(const void *bytes, size_t n_bytes, bool check_blocks,
+                                           kvl_container **container, kvl_error *error);
 /* Uses the bytes in place, checks the header only; `bytes` must outlive the container; blocks are
  * checked one by one by the reader. `release(context)` runs when the last reference goes. */
 KVL_MUST_USE kvl_status kvl_container_borrow(const void *bytes, size_t n_bytes,
@@ -77,7 +92,8 @@ void kvl_container_release(kvl_container *container); /* one less; NULL does not
 
 /* Borrowed until the container ends. */
 const kvl_container_info *kvl_container_info_of(const kvl_container *container);
-/* Everything before the first block: what kvl_container_from_header reads. */
+/* Everything before the first block: what kvl_container_from_header reads. Not of a container of
+ * kvl_container_create before it is sealed. */
 const void *kvl_container_header(const kvl_container *container, size_t *n_bytes);
 /* All bytes, of a sealed container. */
 const void *kvl_container_bytes(const kvl_container *container, size_t *n_bytes);
@@ -86,10 +102,16 @@ uint32_t kvl_container_n_blocks(const kvl_container *container); /* = n_layers *
 void *kvl_container_block(kvl_container *container, uint32_t block, size_t *n_bytes);
 const void *kvl_container_block_view(const kvl_container *container, uint32_t block,
                                      size_t *n_bytes);
-/* Compares the checksum of a block with the table.
+/* Compares the checksum of a block with the table, and the padding behind it with zero. Not for a
+ * container of kvl_container_create before it is sealed.
  * Errors   KVL_ERR_DAMAGED */
 KVL_MUST_USE kvl_status kvl_container_block_check(const kvl_container *container, uint32_t block,
                                                   kvl_error *error);
+
+/* Memory of containers of 1 MiB and more is kept for the next ones when they end, at most 4 buffers
+ * and 256 MiB, because touching fresh pages costs more than filling them. This gives it back; until
+ * then kvl_alloc_live counts it. */
+void kvl_container_spare_clear(void);
 
 /* Id of a segment: keyed BLAKE2b-256 over fingerprint, home and ids. Without the tenant's key it
  * can be neither guessed nor probed. tenant_key [32]. */
