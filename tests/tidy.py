@@ -223,10 +223,10 @@ def check_lengths(path, text, code, findings):
 
 
 def check_head(path, text, findings):
-    """The file says first what it is: `/* room/file.c: purpose`."""
-    inner = path[len("src/"):]
-    if not re.match(r"/\* " + re.escape(inner) + r"[:,] ", text):
-        findings.add(path, 1, f'does not begin with "/* {inner}: ..."')
+    """The file says first what it is: `/* room/file.c: purpose`, or its name alone."""
+    name = path.rsplit("/", 1)[1]
+    if not re.match(r"/\* (?:[a-z_0-9/]+/)?" + re.escape(name) + r"[:,] ", text):
+        findings.add(path, 1, f'does not begin with "/* {name}: ..."')
 
 
 def check_guard(path, text, code, guards, findings):
