@@ -1,5 +1,10 @@
 /* model/tokenizer.h: byte-level BPE as GGUF files describe it (tokenizer.ggml.model = "gpt2"), with
- * the pre-tokenizers smollm, qwen2 and llama-bpe. Ids are those of llama.cpp, on any bytes.
+ * the pre-tokenizers smollm, qwen2, llama-bpe and gpt-2. Ids are those of llama.cpp on any UTF-8.
+ * Bytes that are no UTF-8 are kept, where llama.cpp puts U+FFFD; words end in the same places.
+ * So kvl_token_bytes (with_special) of the ids of a text gives back the text, unless the vocabulary
+ * lacks a token for a byte, as SmolLM2's does for six control characters and fifteen bytes that
+ * assigned characters never need: such a byte is left out, or U+FFFD if it is no UTF-8, as in
+ * llama.cpp.
  * Threads  Never changes once made: share it freely. */
 #ifndef KVL_MODEL_TOKENIZER_H
 #define KVL_MODEL_TOKENIZER_H
@@ -30,14 +35,15 @@ const char *kvl_token_bytes(const kvl_tokenizer *tokenizer, uint32_t id, bool wi
 uint32_t kvl_tokenizer_n_vocab(const kvl_tokenizer *tokenizer);
 /* KVL_TOKEN_NONE where the model has none. */
 uint32_t kvl_tokenizer_bos(const kvl_tokenizer *tokenizer);
+uint32_t kvl_tokenizer_eos(const kvl_tokenizer *tokenizer); /* end of text */
 /* True for every token after which an answer is over: end of text, end of turn. */
 bool kvl_tokenizer_is_end(const kvl_tokenizer *tokenizer, uint32_t id);
 /* The id of a special token's text, or KVL_TOKEN_NONE. */
 uint32_t kvl_tokenizer_special(const kvl_tokenizer *tokenizer, const char *text);
 
 /* Turns tokens into text as they come, never splitting a UTF-8 character: bytes that can still
- * become one wait for the next token; bytes that cannot are given as they are at the end only if
- * nothing follows, otherwise replaced by U+FFFD. One thread at a time. No ender. */
+ * become one wait for the next token; bytes that cannot, and those still waiting at the end, are
+ * replaced by U+FFFD, so that the text is always UTF-8. One thread at a time. No ender. */
 typedef struct kvl_detokenizer {
     const kvl_tokenizer *tokenizer;
     char pending[4];
@@ -49,7 +55,7 @@ void kvl_detokenizer_init(kvl_detokenizer *detokenizer, const kvl_tokenizer *tok
  * bytes; adds no NUL. Special tokens give nothing. */
 #define KVL_DETOKENIZER_OUT_MIN 1024u
 size_t kvl_detokenizer_push(kvl_detokenizer *detokenizer, uint32_t id, char *out, size_t out_size);
-/* What is left at the end of an answer; at most 12 bytes. */
+/* What is left at the end of an answer; at most 12 bytes, which out_size must have. */
 size_t kvl_detokenizer_finish(kvl_detokenizer *detokenizer, char *out, size_t out_size);
 
 #endif /* KVL_MODEL_TOKENIZER_H */
