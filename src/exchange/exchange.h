@@ -84,6 +84,7 @@ void kvl_exchange_reply(kvl_exchange *exchange, uint64_t task, kvl_status status
 typedef struct kvl_exchange_stats {
     uint64_t containers_fetched, bytes_fetched, containers_served, bytes_served;
     uint64_t fetches_failed, blocks_damaged, peers_refused, peers_lost;
+    uint64_t messages_refused; /* malformed, unexpected or out of order */
 } kvl_exchange_stats;
 void kvl_exchange_stats_of(kvl_exchange *exchange, kvl_exchange_stats *stats);
 

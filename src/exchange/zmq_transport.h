@@ -1,0 +1,71 @@
+/* exchange/zmq_transport.h: links over ZeroMQ; the only file of KVLoom's exchange with sockets.
+ *
+ * One ROUTER where others dial, one DEALER for each peer that we dial, and a monitor beside it that
+ * says at once when the other side dies. Bulk frames are sent from where they lie.
+ * Threads  One thread polls and sends; kvl_transport_wake may be called from any. Frames that are
+ *          under way are released on ZeroMQ's own thread. */
+#ifndef KVL_EXCHANGE_ZMQ_TRANSPORT_H
+#define KVL_EXCHANGE_ZMQ_TRANSPORT_H
+
+#include "exchange/protocol.h"
+
+/* Frames below this are copied: keeping a reference costs more. */
+#define KVL_ZERO_COPY_BYTES_MIN ((size_t)16 << 10)
+/* Messages that may wait in a link's queue; a window of the smallest pieces fits (protocol.h). */
+#define KVL_QUEUE_MESSAGES_MAX 2048
+/* Messages of one socket that are taken before the others get their turn. */
+#define KVL_MESSAGES_PER_TURN 64
+/* What is still in the queues when the transport closes gets this long to leave. */
+#define KVL_LINGER_MS 100
+
+typedef struct kvl_transport kvl_transport;
+
+typedef struct kvl_transport_options {
+    const char *name;
+    uint64_t epoch;
+    const char *endpoint; /* NULL: nobody can dial us */
+    const kvl_exchange_peer *peers;
+    size_t n_peers;
+} kvl_transport_options;
+
+/* What happened; called from kvl_transport_poll. May call kvl_transport_send and _forget. */
+typedef struct kvl_transport_events {
+    void (*connected)(void *context, kvl_link link);
+    void (*disconnected)(void *context, kvl_link link);
+    /* All of it is borrowed for the call. */
+    void (*message)(void *context, kvl_link link, const void *control, size_t n_control_bytes,
+                    const kvl_frame *frames, size_t n_frames);
+    /* A message with more parts than any message may have. */
+    void (*overlong)(void *context, kvl_link link);
+    void *context;
+} kvl_transport_events;
+
+/* Checks the form of an endpoint: ipc:// and a path, or tcp:// and a loopback address with a port.
+ * Errors   KVL_ERR_INVALID, KVL_ERR_DENIED (another address: there are no keys for it yet) */
+KVL_MUST_USE kvl_status kvl_endpoint_check(const char *endpoint, kvl_error *error);
+
+/* Binds and begins to dial. A socket file that nobody listens to any more is removed; one that
+ * somebody listens to is not.
+ * Owns     *transport: ended with kvl_transport_close
+ * Errors   KVL_ERR_INVALID, KVL_ERR_DENIED, KVL_ERR_IO (endpoint and reason), KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status kvl_transport_open(const kvl_transport_options *options,
+                                           kvl_transport **transport, kvl_error *error);
+/* Waits at most KVL_LINGER_MS for what is queued. NULL does nothing. */
+void kvl_transport_close(kvl_transport *transport);
+
+/* Waits for something to happen, or for a wake, and handles it. */
+void kvl_transport_poll(kvl_transport *transport, int timeout_ms,
+                        const kvl_transport_events *events);
+/* Ends a poll that waits, or the next one. */
+void kvl_transport_wake(kvl_transport *transport);
+
+/* Queues one message. Never blocks.
+ * Errors   KVL_ERR_BUSY (queue full), KVL_ERR_UNREACHABLE, KVL_ERR_NO_MEMORY: nothing was queued */
+KVL_MUST_USE kvl_status kvl_transport_send(kvl_transport *transport, kvl_link link,
+                                           const void *control, size_t n_control_bytes,
+                                           const kvl_frame *frames, size_t n_frames,
+                                           kvl_owner owner);
+/* A client's slot is free again. */
+void kvl_transport_forget(kvl_transport *transport, kvl_link link);
+
+#endif /* KVL_EXCHANGE_ZMQ_TRANSPORT_H */
