@@ -77,13 +77,13 @@ AVX2 static uint32_t magnitude_max(size_t n, const float *in)
         const __m256i is_finite = _mm256_cmpgt_epi32(infinity, magnitude);
         largest = _mm256_max_epi32(largest, _mm256_and_si256(magnitude, is_finite));
     }
-    uint32_t lanes[LANES];
-    _mm256_storeu_si256((__m256i *)(void *)lanes, largest);
-    uint32_t result = kvl_codec_rows_portable()->magnitude_max(n - i, in + i);
-    for (size_t lane = 0; lane < LANES; lane++) {
-        if (lanes[lane] > result) result = lanes[lane];
-    }
-    return result;
+    __m128i half = _mm_max_epi32(_mm256_castsi256_si128(largest),
+                                 _mm256_extracti128_si256(largest, 1));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1));
+    const uint32_t whole = (uint32_t)_mm_cvtsi128_si32(half);
+    const uint32_t rest = kvl_codec_rows_portable()->magnitude_max(n - i, in + i);
+    return whole > rest ? whole : rest;
 }
 
 AVX2 static __m256i steps_of(const float *in, __m256 inverse)
