@@ -13,25 +13,25 @@ typedef struct entry {
     uint64_t stamp; /* of the last announcement */
 } entry;
 
-struct kvl_directory {
+struct kvl_peer_directory {
     uint64_t seed;
     uint64_t stamp;
     entry entries[N_SETS][KVL_DIRECTORY_WAYS];
 };
 
-kvl_directory *kvl_directory_create(uint64_t seed)
+kvl_peer_directory *kvl_peer_directory_create(uint64_t seed)
 {
-    kvl_directory *directory = kvl_alloc_zero(1, sizeof *directory);
+    kvl_peer_directory *directory = kvl_alloc_zero(1, sizeof *directory);
     if (directory != NULL) directory->seed = seed;
     return directory;
 }
 
-void kvl_directory_destroy(kvl_directory *directory)
+void kvl_peer_directory_destroy(kvl_peer_directory *directory)
 {
     kvl_free(directory);
 }
 
-static size_t set_of(const kvl_directory *directory, const kvl_digest *id)
+static size_t set_of(const kvl_peer_directory *directory, const kvl_digest *id)
 {
     uint64_t word = 0;
     memcpy(&word, id->bytes, sizeof word);
@@ -39,7 +39,7 @@ static size_t set_of(const kvl_directory *directory, const kvl_digest *id)
     return (size_t)(word >> 32) % N_SETS;
 }
 
-static entry *find(const kvl_directory *directory, const kvl_digest *id)
+static entry *find(const kvl_peer_directory *directory, const kvl_digest *id)
 {
     const entry *set = directory->entries[set_of(directory, id)];
     for (size_t way = 0; way < KVL_DIRECTORY_WAYS; way++) {
@@ -50,7 +50,7 @@ static entry *find(const kvl_directory *directory, const kvl_digest *id)
     return NULL;
 }
 
-void kvl_directory_add(kvl_directory *directory, const kvl_digest *id, uint32_t peer)
+void kvl_peer_directory_add(kvl_peer_directory *directory, const kvl_digest *id, uint32_t peer)
 {
     KVL_ASSERT(peer < 64);
     entry *place = find(directory, id);
@@ -67,14 +67,14 @@ void kvl_directory_add(kvl_directory *directory, const kvl_digest *id, uint32_t 
     place->stamp = ++directory->stamp;
 }
 
-void kvl_directory_remove(kvl_directory *directory, const kvl_digest *id, uint32_t peer)
+void kvl_peer_directory_remove(kvl_peer_directory *directory, const kvl_digest *id, uint32_t peer)
 {
     KVL_ASSERT(peer < 64);
     entry *place = find(directory, id);
     if (place != NULL) place->peers &= ~(UINT64_C(1) << peer);
 }
 
-void kvl_directory_forget_peer(kvl_directory *directory, uint32_t peer)
+void kvl_peer_directory_forget_peer(kvl_peer_directory *directory, uint32_t peer)
 {
     KVL_ASSERT(peer < 64);
     for (size_t set = 0; set < N_SETS; set++) {
@@ -84,7 +84,7 @@ void kvl_directory_forget_peer(kvl_directory *directory, uint32_t peer)
     }
 }
 
-uint64_t kvl_directory_find(const kvl_directory *directory, const kvl_digest *id)
+uint64_t kvl_peer_directory_find(const kvl_peer_directory *directory, const kvl_digest *id)
 {
     const entry *place = find(directory, id);
     return place == NULL ? 0 : place->peers;

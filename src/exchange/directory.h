@@ -12,18 +12,18 @@
 #define KVL_DIRECTORY_IDS 16384u
 #define KVL_DIRECTORY_WAYS 8u
 
-typedef struct kvl_directory kvl_directory;
+typedef struct kvl_peer_directory kvl_peer_directory;
 
-/* NULL when there is no memory. Owns: the caller ends it with kvl_directory_destroy. */
-KVL_MUST_USE kvl_directory *kvl_directory_create(uint64_t seed);
-void kvl_directory_destroy(kvl_directory *directory); /* NULL does nothing */
+/* NULL when there is no memory. Owns: the caller ends it with kvl_peer_directory_destroy. */
+KVL_MUST_USE kvl_peer_directory *kvl_peer_directory_create(uint64_t seed);
+void kvl_peer_directory_destroy(kvl_peer_directory *directory); /* NULL does nothing */
 
 /* peer: 0 .. 63 */
-void kvl_directory_add(kvl_directory *directory, const kvl_digest *id, uint32_t peer);
-void kvl_directory_remove(kvl_directory *directory, const kvl_digest *id, uint32_t peer);
+void kvl_peer_directory_add(kvl_peer_directory *directory, const kvl_digest *id, uint32_t peer);
+void kvl_peer_directory_remove(kvl_peer_directory *directory, const kvl_digest *id, uint32_t peer);
 /* Forgets everything that this peer said. */
-void kvl_directory_forget_peer(kvl_directory *directory, uint32_t peer);
+void kvl_peer_directory_forget_peer(kvl_peer_directory *directory, uint32_t peer);
 /* Bit p: peer p said so. 0 where nothing is known. */
-uint64_t kvl_directory_find(const kvl_directory *directory, const kvl_digest *id);
+uint64_t kvl_peer_directory_find(const kvl_peer_directory *directory, const kvl_digest *id);
 
 #endif /* KVL_EXCHANGE_DIRECTORY_H */

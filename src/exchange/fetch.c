@@ -417,7 +417,7 @@ void kvl_fetch_error(kvl_protocol *p, kvl_op *op, uint32_t peer, const kvl_messa
     if (message->reply.status == KVL_ERR_NOT_FOUND) {
         /* An announcement that is out of date is no failure: the search goes on as if it had not
          * been there. */
-        kvl_directory_remove(p->directory, &op->id, peer);
+        kvl_peer_directory_remove(p->directory, &op->id, peer);
         kvl_fetch_leave(p, op);
         op->holders &= ~kvl_bit(peer);
         op->asked |= kvl_bit(peer);

@@ -114,7 +114,7 @@ void kvl_peer_lose(kvl_protocol *p, uint32_t index, const char *why, int64_t now
     peer->shares_kv = false;
     if (!was_up) return;
     p->stats.peers_lost++;
-    kvl_directory_forget_peer(p->directory, index);
+    kvl_peer_directory_forget_peer(p->directory, index);
     kvl_report(p, KVL_LOG_WARN, "peer_lost", "peer=%s epoch=%016" PRIx64 " why=\"%s\"", peer->name,
                peer->epoch, why);
     tell_ops_lost(p, index, why, now_ns);

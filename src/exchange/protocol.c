@@ -19,7 +19,7 @@ kvl_status kvl_protocol_create(const kvl_protocol_options *options, int64_t now_
     *protocol = NULL;
     kvl_protocol *p = kvl_alloc_zero(1, sizeof *p);
     if (p == NULL) return KVL_ERR_NO_MEMORY;
-    p->directory = kvl_directory_create(options->seed);
+    p->directory = kvl_peer_directory_create(options->seed);
     if (p->directory == NULL) {
         kvl_free(p);
         return KVL_ERR_NO_MEMORY;
@@ -54,7 +54,7 @@ void kvl_protocol_destroy(kvl_protocol *p)
         kvl_bulk_release(p->ops[i].body);
         kvl_free(p->ops[i].ids);
     }
-    kvl_directory_destroy(p->directory);
+    kvl_peer_directory_destroy(p->directory);
     kvl_free(p);
 }
 
@@ -185,7 +185,7 @@ void kvl_protocol_fetch(kvl_protocol *p, void *waiter, const kvl_digest *id, int
     kvl_op *op = take_op(p, KVL_OP_FETCH, waiter, deadline_ns, now_ns);
     if (op == NULL) return;
     op->id = *id;
-    op->holders = kvl_directory_find(p->directory, id);
+    op->holders = kvl_peer_directory_find(p->directory, id);
     kvl_fetch_peer_up(p, op, now_ns);
 }
 

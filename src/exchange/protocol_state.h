@@ -143,7 +143,7 @@ struct kvl_protocol {
     uint64_t last_serial;
     uint32_t n_peers, n_ops, n_streams, n_listings;
     size_t reply_bytes_kept;
-    kvl_directory *directory;
+    kvl_peer_directory *directory;
     kvl_peer peers[KVL_PEERS_MAX];
     kvl_session sessions[KVL_CLIENTS_MAX];
     kvl_task tasks[KVL_TASKS_MAX];

@@ -84,7 +84,7 @@ static void take_announce(kvl_protocol *p, const kvl_session *session, const kvl
     if (!session->shares_kv || session->peer == KVL_PEERS_MAX) return;
     if (p->peers[session->peer].state != KVL_PEER_UP) return;
     if (p->peers[session->peer].epoch != session->epoch) return;
-    kvl_directory_add(p->directory, &message->announce.id, session->peer);
+    kvl_peer_directory_add(p->directory, &message->announce.id, session->peer);
 }
 
 /* Containers are spoken about only with those who run the same model. */
