@@ -34,7 +34,8 @@ typedef struct kvl_prompt {
 /* Renders messages and tokenizes them part by part; content is never parsed for special tokens.
  * add_generation  end with the opening of an assistant's turn
  * Owns     *prompt: ended with kvl_prompt_deinit, also after an error
- * Errors   KVL_ERR_UNSUPPORTED (unknown template: text lists the known), KVL_ERR_INVALID (a role the
+ * Errors   KVL_ERR_UNSUPPORTED (unknown template: text lists the known; a vocabulary without the
+ *          special tokens of the template), KVL_ERR_INVALID (no messages, a role the
  *          template does not have, or an order it refuses), KVL_ERR_TOO_LARGE, KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status kvl_chat_render(const kvl_chat_template *chat_template,
                                         const kvl_tokenizer *tokenizer, const kvl_message *messages,

@@ -14,8 +14,8 @@ struct kvl_pretokenizer {
     pcre2_code *code;
 };
 
-/* What stands inside brackets: letters, numbers, spaces. A class other than ASCII is 0x80 + 4 * class
- * + length - 1, so each of them has four bytes. */
+/* What stands inside brackets: letters, numbers, spaces. A class other than ASCII is 0x80 + 4 *
+ * class + length - 1, so each of them has four bytes. */
 #define L "A-Za-z\\x84-\\x87"
 #define N "0-9\\x88-\\x8b"
 #define S "\\t-\\r \\x8c-\\x8f"
@@ -35,8 +35,8 @@ struct kvl_pretokenizer {
     ENDINGS_ANY_CASE "|[^\\r\\n" L N "]?[" L "]++|" digits "| ?[^" S L N "]++[\\r\\n]*+"           \
                      "|[" S "]*[\\r\\n]++|" SPACES
 
-/* Repetitions are possessive (++) wherever what follows cannot match what they took: nothing to step
- * back to means nothing to remember. */
+/* Repetitions are possessive (++) wherever what follows cannot match what they took: nothing to
+ * step back to means nothing to remember. */
 static const char *const patterns[KVL_PRETOKENIZER_KIND_COUNT] = {
     [KVL_PRETOKENIZER_GPT2] = ENDINGS "| ?[" L "]++| ?[" N "]++| ?[^" S L N "]++|" SPACES,
     /* Digits are cut out first, and each piece between is then a text of its own: spaces before a

@@ -1,5 +1,5 @@
-/* model/tokenizer.c: text to ids: special tokens are cut out, the rest is cut into words, and within
- * a word pairs of bytes are merged. */
+/* model/tokenizer.c: text to ids: special tokens are cut out, the rest is cut into words, and
+ * within a word pairs of bytes are merged. */
 #include "model/tokenizer.h"
 
 #include "base/alloc.h"
@@ -34,9 +34,9 @@ static kvl_status reserve_ids(encoding *encode, size_t n_more)
     return KVL_OK;
 }
 
-/* Puts the symbols of a word into the nodes to merge; returns how many. A byte without a token stays
- * as a gap that nothing merges across, but if it is no part of a character either, it becomes
- * U+FFFD: what cannot be kept is at least shown. */
+/* Puts the symbols of a word into the nodes to merge; returns how many. A byte without a token
+ * stays as a gap that nothing merges across, but if it is no part of a character either, it
+ * becomes U+FFFD: what cannot be kept is at least shown. */
 static size_t spread_word(const kvl_tokenizer *tokenizer, const char *text, const uint8_t *classes,
                           size_t n_classes, kvl_merge_node *nodes)
 {

@@ -39,8 +39,8 @@ static void fill_byte_of(uint16_t byte_of[0x200])
     }
 }
 
-/* Turns the text of a token into its bytes (never more). False if a character stands for none, or if
- * there are more than `capacity`. */
+/* Turns the text of a token into its bytes (never more). False if a character stands for none, or
+ * if there are more than `capacity`. */
 static bool decode_text(const loading *load, kvl_gguf_text text, char *bytes, size_t capacity,
                         size_t *n_bytes)
 {
@@ -159,8 +159,8 @@ static kvl_status add_merge(loading *load, kvl_gguf_text text, uint32_t rank)
     char bytes[2 * KVL_TOKEN_BYTES_MAX];
     size_t n_left = 0;
     size_t n_right = 0;
-    /* A part with a character that stands for no byte, or longer than a token may be, can never come
-     * up in a word. Its rank is not given to another merge. */
+    /* A part with a character that stands for no byte, or longer than a token may be, can never
+     * come up in a word. Its rank is not given to another merge. */
     if (!decode_text(load, left_text, bytes, KVL_TOKEN_BYTES_MAX, &n_left) ||
         !decode_text(load, right_text, bytes + n_left, KVL_TOKEN_BYTES_MAX, &n_right)) {
         return KVL_OK;
@@ -287,7 +287,8 @@ static kvl_status read_all(loading *load)
     KVL_TRY(read_merges(load));
     KVL_TRY(read_id(load, "tokenizer.ggml.bos_token_id", &tokenizer->bos));
     KVL_TRY(read_id(load, "tokenizer.ggml.eos_token_id", &tokenizer->eos));
-    /* Last, because special tokens borrow their texts from the symbols, which move while they grow. */
+    /* Last, because special tokens borrow their texts from the symbols, which move while they
+     * grow. */
     return read_specials(load, types);
 }
 

@@ -85,8 +85,8 @@ kvl_status kvl_merge_word_reserve(kvl_merge_word *word, size_t n_symbols, kvl_er
     kvl_merge_word_deinit(word);
     const size_t capacity = n_symbols < 1024 ? 1024 : n_symbols;
     word->nodes = kvl_alloc(capacity * sizeof *word->nodes);
-    /* Every merge takes one pair off the heap and puts at most two on, so of n - 1 pairs and at most
-     * n - 1 merges no more than 2 n are ever on it. */
+    /* Every merge takes one pair off the heap and puts at most two on, so of n - 1 pairs and at
+     * most n - 1 merges no more than 2 n are ever on it. */
     word->heap = kvl_alloc(2 * capacity * sizeof *word->heap);
     if (word->nodes == NULL || word->heap == NULL) {
         return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a word of %zu bytes", n_symbols);
@@ -95,7 +95,7 @@ kvl_status kvl_merge_word_reserve(kvl_merge_word *word, size_t n_symbols, kvl_er
     return KVL_OK;
 }
 
-/* Puts a pair on a heap of n: heap[0] is the smallest, the children of i are 2 i + 1 and 2 i + 2. */
+/* Puts a pair on a heap of n: heap[0] is the smallest, the children of i are 2 i + 1 and the next. */
 static void heap_push(uint64_t *heap, size_t n, uint64_t pair)
 {
     size_t at = n;

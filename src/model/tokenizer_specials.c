@@ -91,9 +91,9 @@ void kvl_fragments_deinit(kvl_fragments *fragments)
 
 /* ---- known texts */
 
-/* Files often mark these as ordinary tokens, so llama.cpp goes by their text; this is its list, found
- * by trying. An answer is over after those of the first part; padding and the marks between files
- * of code-completing models are among them. */
+/* Files often mark these as ordinary tokens, so llama.cpp goes by their text; this is its list,
+ * found by trying. An answer is over after those of the first part; padding and the marks between
+ * files of code-completing models are among them. */
 static const char *const ending[] = {
     "<|eot_id|>",
     "<|im_end|>",

@@ -1,5 +1,5 @@
-/* model/tokenizer_symbols.h: the byte strings that byte-pair encoding works on, numbered. Private to
- * the room.
+/* model/tokenizer_symbols.h: the byte strings that byte-pair encoding works on, numbered. Private
+ * to the room.
  *
  * The first numbers are the tokens of the vocabulary, in its order; behind them stand strings that
  * only merges know. A string can be stored without being findable: special tokens are.
