@@ -6,22 +6,55 @@
 
 #include "compute/backend.h"
 
-/* A part of one product for a few rows: outputs output_first .. output_past - 1 of
- * y = x W^T (+ bias) (+ y). y and bias are those of the whole product. */
+/* How every product is summed, few rows or many, so that both give the same bits:
+ * the inputs are cut into runs of kvl_cpu_run_inputs; inside a run lane l of a vector adds up, with
+ * kvl_vec_fma and in order, the inputs k with k mod KVL_LANES = l; the lanes are added as
+ * kvl_vec_sum does; the sums of the runs are added to y in order. Which rows and outputs a kernel
+ * takes together is then a matter of speed only. */
+
+/* A run of inputs of four rows and four outputs fits the first-level cache. */
+#define KVL_CPU_RUN_INPUTS_MAX 768u
+
+/* Length of a run (the last may be shorter): equal runs, rounded up to 256, the largest block. */
+static inline uint32_t kvl_cpu_run_inputs(uint32_t n_inputs)
+{
+    const uint32_t n_runs = (n_inputs + KVL_CPU_RUN_INPUTS_MAX - 1) / KVL_CPU_RUN_INPUTS_MAX;
+    const uint32_t equal = n_runs == 0 ? 1 : (n_inputs + n_runs - 1) / n_runs;
+    return (equal + 255U) / 256U * 256U;
+}
+
+/* Outputs output_first .. output_past - 1 of a product, straight from the quantised weights. */
 typedef struct kvl_cpu_few_part {
-    const kvl_matmul_job *job;
+    const kvl_matrix *weights;
     uint32_t output_first;
     uint32_t output_past;
     uint32_t n_rows;
     const float *x; /* [n_rows][n_inputs] */
+    float *y;       /* [n_rows][n_outputs], of the whole product */
+    bool add;       /* to what y holds */
 } kvl_cpu_few_part;
+
+/* One run of inputs against a panel of dequantised weights. */
+typedef struct kvl_cpu_panel {
+    uint32_t n_rows;
+    uint32_t n_outputs;
+    uint32_t n_inputs; /* of the run */
+    const float *x;    /* [n_rows][x_stride] */
+    size_t x_stride;
+    const float *w; /* [n_outputs][w_stride], zeros from n_inputs to a multiple of 32 */
+    size_t w_stride;
+    float *y; /* [n_rows][y_stride] */
+    size_t y_stride;
+    bool add; /* to what y holds */
+} kvl_cpu_panel;
 
 /* matmul: variant_matmul.c. Tables by kvl_dtype, every entry there. */
 typedef struct kvl_cpu_matmul_kernels {
-    /* n weights, a multiple of the dtype's block, to float32 */
+    /* n weights from the beginning of a block on to float32. n may end inside a block only where
+     * a block is one weight. */
     void (*dequantise[KVL_DTYPE_COUNT])(size_t n, const void *weights, float *out);
-    /* each row's result depends on that row and the weights only, to the last bit */
     void (*few[KVL_DTYPE_COUNT])(const kvl_cpu_few_part *part);
+    void (*multiply)(const kvl_cpu_panel *panel);
 } kvl_cpu_matmul_kernels;
 
 /* vector: variant_vector.c. Arguments as in kvl_backend_ops, for one row or one range. */
