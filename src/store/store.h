@@ -21,12 +21,15 @@ typedef struct kvl_tier_stats {
 typedef struct kvl_tier_ops {
     const char *name; /* "memory", "lmdb" */
     /* Keeps a sealed container; durable tiers return after the commit. May block on the disk.
-     * The tier shares the container or copies it; the caller keeps its reference.
-     * Errors   KVL_ERR_TOO_LARGE (alone above the cap), KVL_ERR_IO, KVL_ERR_NO_MEMORY */
+     * The tier shares the container or copies it; the caller keeps its reference. On error the tier
+     * holds what it held before, less what was evicted to make room.
+     * Errors   KVL_ERR_TOO_LARGE (alone above the cap), KVL_ERR_IO, KVL_ERR_NO_MEMORY,
+     *          KVL_ERR_INVALID (not sealed), KVL_ERR_FOREIGN (of another model; counted) */
     kvl_status (*put)(kvl_tier *tier, kvl_container *container, kvl_error *error);
     /* Gives a reference. The id inside is compared; blocks are checked by whoever reads them, or
      * here where `check_blocks`.
-     * Errors   KVL_ERR_NOT_FOUND, KVL_ERR_DAMAGED, KVL_ERR_FOREIGN; all are misses and counted */
+     * Errors   KVL_ERR_NOT_FOUND, KVL_ERR_DAMAGED (it was removed), KVL_ERR_FOREIGN: all are misses
+     *          and counted; KVL_ERR_NO_MEMORY, KVL_ERR_BUSY (too many readers), KVL_ERR_IO */
     kvl_status (*get)(kvl_tier *tier, const kvl_digest *id, bool check_blocks,
                       kvl_container **container, kvl_error *error);
     bool (*has)(kvl_tier *tier, const kvl_digest *id);
@@ -38,6 +41,9 @@ typedef struct kvl_tier_ops {
                  bool (*visit)(void *context, const kvl_digest *id, kvl_container_kind kind,
                                uint64_t n_bytes),
                  void *context);
+    /* Counts as a use of a container that another tier has just given; no miss where it is not
+     * there. May be NULL. Never blocks on the disk. */
+    void (*touch)(kvl_tier *tier, const kvl_digest *id);
     void (*stats)(kvl_tier *tier, kvl_tier_stats *stats);
     void (*destroy)(kvl_tier *tier);
 } kvl_tier_ops;
@@ -58,13 +64,22 @@ typedef struct kvl_lmdb_tier_options {
     bool durable;           /* sync at each commit; otherwise the system decides when */
 } kvl_lmdb_tier_options;
 
-/* Errors   KVL_ERR_INVALID, KVL_ERR_IO, KVL_ERR_CORRUPT, KVL_ERR_FOREIGN (format version: text
- *          names both), KVL_ERR_NO_MEMORY */
+/* A database whose pages are damaged is renamed to data.mdb.damaged, logged, counted once in
+ * stats.damaged, and replaced by an empty one: it is a cache, and nothing in it is wrong KV, only
+ * missing KV. It is never opened: LMDB trusts its pages.
+ * Errors   KVL_ERR_INVALID (options, or the database of another program), KVL_ERR_UNSUPPORTED (a file
+ *          system of another machine), KVL_ERR_BUSY (open already, here or in another process),
+ *          KVL_ERR_FOREIGN (format version: text names both), KVL_ERR_IO, KVL_ERR_CORRUPT (damaged
+ *          and cannot be put aside), KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status kvl_lmdb_tier_create(const kvl_lmdb_tier_options *options, kvl_tier **tier,
                                              kvl_error *error);
 
 /* Tiers from fast to slow as one: get asks in order and puts what a slower tier had into the faster
- * ones; put goes to all. Takes the tiers: they end with it. */
+ * ones; put goes to all. The slowest decides what a put answers; where it fails for want of memory or
+ * disk, the faster ones keep the container nevertheless. stats: sizes and evictions of the slowest,
+ * hits and misses of the stack, the rest summed. Takes the tiers: they end with it.
+ * tiers    [n_tiers], 1 .. 8
+ * Errors   KVL_ERR_INVALID, KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status kvl_stack_tier_create(kvl_tier *const *tiers, size_t n_tiers,
                                               kvl_tier **tier, kvl_error *error);
 
