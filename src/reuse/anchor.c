@@ -338,7 +338,7 @@ static kvl_status make_container(const kvl_anchor_layout *layout, const kvl_anch
     kvl_anchor_extra_encode(extra, bytes);
     const kvl_container_info info = {
         .kind = KVL_CONTAINER_ANCHOR,
-        .id = kvl_anchor_id(fingerprint, extra, layout->dtype),
+        .id = kvl_anchor_id(fingerprint, extra, layout),
         .fingerprint = *fingerprint,
         .dtype = layout->dtype,
         .n_layers = layout->n_layers,

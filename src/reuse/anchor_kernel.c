@@ -2,7 +2,7 @@
  * Method  The two loops of the default mode exist three times: plain C, AVX2 and AVX-512, chosen at
  *         run time. They stream one anchor at a time over a tile of tokens, so that the processor
  *         prefetches a few long streams and the sums stay in the first-level cache. The loops of
- *         the paper's mode are there for replication and are plain C. */
+ *         the paper's mode, which is there for replication, are plain C over decoded groups. */
 #include "reuse/anchor_kernel.h"
 
 #include <math.h>
@@ -74,6 +74,11 @@ static void add_portable(uint32_t n_rows, uint32_t n_groups, uint32_t dim, const
     }
 }
 
+static void load_portable(uint32_t dim, const uint8_t *numbers, float scale, float *x)
+{
+    for (uint32_t d = 0; d < dim; d++) x[d] = scale * int8_at(numbers, d);
+}
+
 #if defined(__x86_64__)
 __attribute__((target("avx2,fma"))) static inline __m256 load8_avx2(const uint8_t *q)
 {
@@ -130,6 +135,17 @@ __attribute__((target("avx2,fma"))) static void add_avx2(uint32_t n_rows, uint32
     }
 }
 
+__attribute__((target("avx2,fma"))) static void load_avx2(uint32_t dim, const uint8_t *numbers,
+                                                          float scale, float *x)
+{
+    const __m256 scale8 = _mm256_set1_ps(scale);
+    uint32_t d = 0;
+    for (; d + 8 <= dim; d += 8) {
+        _mm256_storeu_ps(x + d, _mm256_mul_ps(scale8, load8_avx2(numbers + d)));
+    }
+    for (; d < dim; d++) x[d] = scale * int8_at(numbers, d);
+}
+
 __attribute__((target("avx512f"))) static inline __m512 load16_avx512(const uint8_t *q)
 {
     return _mm512_cvtepi32_ps(
@@ -184,10 +200,10 @@ __attribute__((target("avx512f"))) static void add_avx512(uint32_t n_rows, uint3
 
 const kvl_anchor_kernels *kvl_anchor_kernels_for(kvl_cpu_variant variant)
 {
-    static const kvl_anchor_kernels portable = {squares_portable, add_portable};
+    static const kvl_anchor_kernels portable = {squares_portable, add_portable, load_portable};
 #if defined(__x86_64__)
-    static const kvl_anchor_kernels avx2 = {squares_avx2, add_avx2};
-    static const kvl_anchor_kernels avx512 = {squares_avx512, add_avx512};
+    static const kvl_anchor_kernels avx2 = {squares_avx2, add_avx2, load_avx2};
+    static const kvl_anchor_kernels avx512 = {squares_avx512, add_avx512, load_avx2};
     const bool has_avx512 = __builtin_cpu_supports("avx512f") != 0;
     const bool has_avx2 = __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0;
     if (variant == KVL_CPU_AVX512 || (variant == KVL_CPU_BEST && has_avx512)) {
@@ -221,17 +237,15 @@ kvl_anchor_rows kvl_anchor_rows_group(const kvl_anchor_rows *rows, uint32_t grou
     return kvl_anchor_rows_from(rows, group, 1, dim);
 }
 
-/* One stored number. The branch is on the same side for a whole row, so it costs nothing that
- * matters in the loops of the paper's mode. */
-static inline float number_at(const kvl_anchor_rows *rows, float scale, size_t index)
+/* One group as floats, for the loops of the paper's mode. */
+static void load_group(const kvl_anchor_kernels *kernels, const kvl_anchor_rows *rows, size_t group,
+                       uint32_t dim, float *x)
 {
-    return rows->dtype == KVL_KV_INT8 ? scale * int8_at(rows->numbers, index)
-                                      : float_at(rows->numbers, index);
-}
-
-static inline float group_scale(const kvl_anchor_rows *rows, size_t group)
-{
-    return rows->dtype == KVL_KV_INT8 ? scale_at(rows->scales, group) : 1.0F;
+    if (rows->dtype == KVL_KV_INT8) {
+        kernels->load_int8(dim, rows->numbers + group * dim, scale_at(rows->scales, group), x);
+    } else {
+        memcpy(x, rows->numbers + group * dim * sizeof *x, dim * sizeof *x);
+    }
 }
 
 float kvl_anchor_squares(const kvl_anchor_kernels *kernels, const kvl_anchor_rows *rows,
@@ -248,30 +262,37 @@ float kvl_anchor_squares(const kvl_anchor_kernels *kernels, const kvl_anchor_row
     return lanes_sum(lanes);
 }
 
-float kvl_anchor_absolutes(const kvl_anchor_rows *rows, uint32_t n_groups, uint32_t dim,
-                           const float *x)
+float kvl_anchor_absolutes(const kvl_anchor_kernels *kernels, const kvl_anchor_rows *rows,
+                           uint32_t n_groups, uint32_t dim, const float *x)
 {
     float lanes[LANES] = {0};
-    for (uint32_t g = 0; g < n_groups; g++) {
-        const float scale = group_scale(rows, g);
-        for (uint32_t d = 0; d < dim; d++) {
-            const size_t i = (size_t)g * dim + d;
-            lanes[d % LANES] += fabsf(x[i] - number_at(rows, scale, i));
+    float y[KVL_HEAD_DIM_MAX];
+    for (uint32_t g = 0; g < n_groups; g++, x += dim) {
+        load_group(kernels, rows, g, dim, y);
+        size_t d = 0; /* the inner loop has a fixed length, which lets -O2 vectorise it */
+        for (; d + LANES <= dim; d += LANES) {
+            for (size_t j = 0; j < LANES; j++) lanes[j] += fabsf(x[d + j] - y[d + j]);
         }
+        for (; d < dim; d++) lanes[0] += fabsf(x[d] - y[d]);
     }
     return lanes_sum(lanes);
 }
 
-void kvl_anchor_add_square_channels(const kvl_anchor_rows *rows, uint32_t n_groups, uint32_t dim,
-                                    const float *x, float *sums)
+void kvl_anchor_add_square_channels(const kvl_anchor_kernels *kernels, const kvl_anchor_rows *rows,
+                                    uint32_t n_groups, uint32_t dim, const float *x, float *sums)
 {
-    for (uint32_t g = 0; g < n_groups; g++) {
-        const float scale = group_scale(rows, g);
-        for (uint32_t d = 0; d < dim; d++) {
-            const size_t i = (size_t)g * dim + d;
-            const float e = x[i] - number_at(rows, scale, i);
-            sums[i] += e * e;
+    float y[KVL_HEAD_DIM_MAX];
+    for (uint32_t g = 0; g < n_groups; g++, x += dim, sums += dim) {
+        load_group(kernels, rows, g, dim, y);
+        size_t d = 0;
+        for (; d + LANES <= dim; d += LANES) {
+            for (size_t j = 0; j < LANES; j++) {
+                const float e = x[d + j] - y[d + j];
+                y[d + j] = e * e;
+            }
+            for (size_t j = 0; j < LANES; j++) sums[d + j] += y[d + j];
         }
+        for (; d < dim; d++) sums[d] += (x[d] - y[d]) * (x[d] - y[d]);
     }
 }
 
@@ -290,19 +311,16 @@ void kvl_anchor_add(const kvl_anchor_kernels *kernels, const kvl_anchor_rows *ro
     }
 }
 
-void kvl_anchor_add_channels(const kvl_anchor_rows *rows, uint32_t n_rows, uint32_t n_groups,
-                             uint32_t dim, const float *weights, float *out)
+void kvl_anchor_add_channels(const kvl_anchor_kernels *kernels, const kvl_anchor_rows *rows,
+                             uint32_t n_rows, uint32_t n_groups, uint32_t dim, const float *weights,
+                             float *out)
 {
-    const size_t width = (size_t)n_groups * dim;
+    float y[KVL_HEAD_DIM_MAX];
     for (uint32_t r = 0; r < n_rows; r++) {
-        const kvl_anchor_rows row = kvl_anchor_rows_from(rows, r, n_groups, dim);
-        float *y = out + r * width;
-        for (uint32_t g = 0; g < n_groups; g++) {
-            const float scale = group_scale(&row, g);
-            for (uint32_t d = 0; d < dim; d++) {
-                const size_t i = (size_t)g * dim + d;
-                y[i] += weights[i] * number_at(&row, scale, i);
-            }
+        for (uint32_t g = 0; g < n_groups; g++, out += dim) {
+            load_group(kernels, rows, (size_t)r * n_groups + g, dim, y);
+            const float *of_group = weights + (size_t)g * dim;
+            for (uint32_t d = 0; d < dim; d++) out[d] += of_group[d] * y[d];
         }
     }
 }

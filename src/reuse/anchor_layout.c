@@ -48,8 +48,10 @@ static bool extra_decode(const uint8_t *bytes, kvl_anchor_extra *extra)
 }
 
 kvl_digest kvl_anchor_id(const kvl_digest *fingerprint, const kvl_anchor_extra *extra,
-                         kvl_kv_dtype dtype)
+                         const kvl_anchor_layout *layout)
 {
+    /* The shape follows from the model and the text; it is here so that a header which contradicts
+     * itself has a wrong id. */
     kvl_digester digester;
     kvl_digester_init(&digester, "kvloom anchor", 13);
     kvl_digester_add(&digester, fingerprint->bytes, KVL_DIGEST_BYTES);
@@ -61,7 +63,10 @@ kvl_digest kvl_anchor_id(const kvl_digest *fingerprint, const kvl_anchor_extra *
     kvl_digester_add_u64(&digester, KVL_ANCHOR_LAYOUT_VERSION);
     kvl_digester_add_u64(&digester, extra->base_stride);
     kvl_digester_add_u64(&digester, extra->base_keys ? 1 : 0);
-    kvl_digester_add_u64(&digester, (uint64_t)dtype);
+    kvl_digester_add_u64(&digester, (uint64_t)layout->dtype);
+    kvl_digester_add_u64(&digester, layout->n_layers);
+    kvl_digester_add_u64(&digester, layout->n_kv_heads);
+    kvl_digester_add_u64(&digester, layout->head_dim);
     return kvl_digester_end(&digester);
 }
 
@@ -141,29 +146,56 @@ static size_t section_groups(const kvl_anchor_layout *layout, kvl_anchor_section
     return (size_t)(after ? layout->n_after : layout->n_tokens) * layout->n_kv_heads;
 }
 
+/* Size of the largest of n numbers, by its bits: as integers, the bits of numbers without their
+ * sign are ordered as the numbers are, with infinity and NaN on top. */
+static float largest_of(uint32_t n, const float *x)
+{
+    uint32_t largest = 0;
+    for (uint32_t d = 0; d < n; d++) {
+        uint32_t bits;
+        memcpy(&bits, &x[d], sizeof bits);
+        bits &= 0x7fffffffU;
+        largest = bits > largest ? bits : largest;
+    }
+    float size;
+    memcpy(&size, &largest, sizeof size);
+    return size;
+}
+
+/* The nearest integer of a number within 127, ties to even, as int8: in 1.5 * 2^23 + x the integer
+ * stands in the last bits of the float. */
+static uint8_t round_int8(float x)
+{
+    const float low = x < -int8_max ? -int8_max : x;
+    const float shifted = (low > int8_max ? int8_max : low) + 0x1.8p23F;
+    uint32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    return (uint8_t)(bits & 0xffU);
+}
+
 /* One group of int8. The scale is rounded to float16 first and the numbers are measured with the
  * rounded one, so that its rounding is not added to theirs. */
-static bool write_group_int8(uint32_t dim, const float *x, uint8_t *numbers, uint8_t *scale_bytes)
+static void write_group_int8(uint32_t dim, float largest, const float *x, uint8_t *numbers,
+                             uint8_t *scale_bytes)
 {
-    float largest = 0.0F;
-    bool sane = true;
-    for (uint32_t d = 0; d < dim; d++) {
-        const float size = fabsf(x[d]);
-        sane = sane && size <= KVL_ANCHOR_MAGNITUDE_MAX; /* false for NaN */
-        largest = size > largest ? size : largest;
-    }
-    if (!sane) return false;
     float scale = largest / int8_max;
     uint16_t half;
     kvl_f16_from_f32(1, &scale, &half);
     kvl_f32_from_f16(1, &half, &scale);
     memcpy(scale_bytes, &half, sizeof half);
     const float inverse = scale > 0.0F ? 1.0F / scale : 0.0F;
+    for (uint32_t d = 0; d < dim; d++) numbers[d] = round_int8(x[d] * inverse);
+}
+
+/* What x = real - base lost to rounding, exactly (Knuth, TAOCP volume 2, section 4.2.2, theorem B). */
+static void write_rest(uint32_t dim, const float *real, const float *base, const float *x,
+                       uint8_t *bytes)
+{
     for (uint32_t d = 0; d < dim; d++) {
-        const float q = fminf(fmaxf(x[d] * inverse, -int8_max), int8_max);
-        numbers[d] = (uint8_t)(int8_t)lrintf(q);
+        const float back = x[d] - real[d];
+        const float rest = (real[d] - (x[d] - back)) - (base[d] + back);
+        memcpy(bytes + d * sizeof rest, &rest, sizeof rest);
     }
-    return true;
 }
 
 /* One group of offsets real - base (base NULL: of real itself), at a group index of a section. */
@@ -172,26 +204,21 @@ static bool write_group(const kvl_anchor_layout *layout, kvl_anchor_section sect
 {
     const uint32_t dim = layout->head_dim;
     float x[KVL_HEAD_DIM_MAX];
-    float rest[KVL_HEAD_DIM_MAX];
-    bool sane = true;
-    for (uint32_t d = 0; d < dim; d++) {
-        const float from = base == NULL ? 0.0F : base[d];
-        x[d] = real[d] - from;
-        sane = sane && fabsf(x[d]) <= KVL_ANCHOR_MAGNITUDE_MAX;
-        /* What the subtraction lost, exactly (Knuth, TAOCP volume 2, section 4.2.2, theorem B). */
-        const float back = x[d] - real[d];
-        rest[d] = (real[d] - (x[d] - back)) - (from + back);
+    if (base == NULL) {
+        memcpy(x, real, dim * sizeof *x);
+    } else {
+        for (uint32_t d = 0; d < dim; d++) x[d] = real[d] - base[d];
     }
-    if (!sane) return false;
+    const float largest = largest_of(dim, x);
+    if (!(largest <= KVL_ANCHOR_MAGNITUDE_MAX)) return false;
     uint8_t *numbers = block + layout->at[section];
     uint8_t *second = block + layout->scales_at[section];
     if (layout->dtype == KVL_KV_INT8) {
-        return write_group_int8(dim, x, numbers + group * dim, second + 2 * group);
+        write_group_int8(dim, largest, x, numbers + group * dim, second + 2 * group);
+        return true;
     }
     memcpy(numbers + group * dim * sizeof *x, x, dim * sizeof *x);
-    if (section != KVL_ANCHOR_BASE) {
-        memcpy(second + group * dim * sizeof *rest, rest, dim * sizeof *rest);
-    }
+    if (base != NULL) write_rest(dim, real, base, x, second + group * dim * sizeof *x);
     return true;
 }
 
@@ -385,7 +412,7 @@ kvl_status kvl_anchor_container_check(const kvl_digest *fingerprint, const kvl_c
         return KVL_FAIL(error, KVL_ERR_DAMAGED, "anchor: blocks have %llu bytes, must have %zu",
                         (unsigned long long)info->block_bytes, layout->block_bytes);
     }
-    const kvl_digest id = kvl_anchor_id(fingerprint, extra, layout->dtype);
+    const kvl_digest id = kvl_anchor_id(fingerprint, extra, layout);
     if (!kvl_digest_equal(&id, &info->id)) {
         return KVL_FAIL(error, KVL_ERR_DAMAGED, "anchor: its id does not fit its slot and base");
     }

@@ -81,7 +81,7 @@ void kvl_anchor_extra_encode(const kvl_anchor_extra *extra, uint8_t *bytes);
 /* Name of an anchor among containers: of what was measured, not of the outcome, so that measuring
  * the same text again replaces it. */
 kvl_digest kvl_anchor_id(const kvl_digest *fingerprint, const kvl_anchor_extra *extra,
-                         kvl_kv_dtype dtype);
+                         const kvl_anchor_layout *layout);
 
 /* Reads and checks what the header of a container says, and every block.
  * Errors   KVL_ERR_DAMAGED, KVL_ERR_FOREIGN */

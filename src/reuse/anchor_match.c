@@ -118,7 +118,7 @@ static float distance_sum(const distance_job *job, const kvl_anchor *anchor, siz
         if (job->kind == DISTANCE_RELATIVE || job->kind == DISTANCE_SQUARES) {
             sum += kvl_anchor_squares(kernels, &rows, base->n_kv_heads, base->head_dim, x);
         } else {
-            sum += kvl_anchor_absolutes(&rows, base->n_kv_heads, base->head_dim, x);
+            sum += kvl_anchor_absolutes(kernels, &rows, base->n_kv_heads, base->head_dim, x);
         }
     }
     return sum;
@@ -410,8 +410,8 @@ static void weigh_channels(const anchor_party *party, uint32_t layer, bool keys,
         float *sums = weights + a * width;
         for (size_t t = 0; t < base->n_tokens; t++) {
             const kvl_anchor_rows rows = base_rows(anchor, skipped + t, layer, keys);
-            kvl_anchor_add_square_channels(&rows, base->n_kv_heads, base->head_dim, x + t * width,
-                                           sums);
+            kvl_anchor_add_square_channels(party->pool->kernels, &rows, base->n_kv_heads,
+                                           base->head_dim, x + t * width, sums);
         }
         for (size_t i = 0; i < width; i++) sums[i] = sqrtf(sums[i]);
     }
@@ -426,8 +426,8 @@ static void correct_after_as_paper(const correction *c, uint32_t layer, bool key
     weigh_channels(c->party, layer, keys, weights);
     for (uint32_t a = 0; a < c->party->n; a++) {
         const kvl_anchor_rows of = section_rows(c->party->anchors[a], layer, section);
-        kvl_anchor_add_channels(&of, c->after->n_tokens, base->n_kv_heads, base->head_dim,
-                                weights + a * row_width(base), rows);
+        kvl_anchor_add_channels(c->party->pool->kernels, &of, c->after->n_tokens, base->n_kv_heads,
+                                base->head_dim, weights + a * row_width(base), rows);
     }
 }
 
