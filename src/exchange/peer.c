@@ -104,7 +104,8 @@ static void tell_ops_lost(kvl_protocol *p, uint32_t index, const char *why, int6
     }
 }
 
-void kvl_peer_lose(kvl_protocol *p, uint32_t index, const char *why, int64_t now_ns)
+static void lose(kvl_protocol *p, uint32_t index, kvl_log_level level, const char *why,
+                 int64_t now_ns)
 {
     kvl_peer *peer = &p->peers[index];
     const bool was_up = peer->state == KVL_PEER_UP;
@@ -115,9 +116,14 @@ void kvl_peer_lose(kvl_protocol *p, uint32_t index, const char *why, int64_t now
     if (!was_up) return;
     p->stats.peers_lost++;
     kvl_peer_directory_forget_peer(p->directory, index);
-    kvl_report(p, KVL_LOG_WARN, "peer_lost", "peer=%s epoch=%016" PRIx64 " why=\"%s\"", peer->name,
+    kvl_report(p, level, "peer_lost", "peer=%s epoch=%016" PRIx64 " why=\"%s\"", peer->name,
                peer->epoch, why);
     tell_ops_lost(p, index, why, now_ns);
+}
+
+void kvl_peer_lose(kvl_protocol *p, uint32_t index, const char *why, int64_t now_ns)
+{
+    lose(p, index, KVL_LOG_WARN, why, now_ns);
 }
 
 static void refuse_peer(kvl_protocol *p, uint32_t index, const char *why, int64_t now_ns)
@@ -245,7 +251,7 @@ void kvl_peer_receive(kvl_protocol *p, uint32_t index, const kvl_message *messag
     if (peer->state != KVL_PEER_UP) return;
     peer->heard_ns = now_ns;
     if (message->kind == KVL_MESSAGE_GOODBYE) {
-        kvl_peer_lose(p, index, "it said goodbye", now_ns);
+        lose(p, index, KVL_LOG_INFO, "it said goodbye", now_ns);
         return;
     }
     take_answer(p, index, message, frames, n_frames, now_ns);

@@ -47,6 +47,9 @@ struct kvl_transport {
     client clients[KVL_CLIENTS_MAX];
     uint32_t last_client; /* where the latest message came from: most often the next one too */
     zmq_pollitem_t items[POLL_ITEMS_MAX];
+    char socket_path[sizeof((struct sockaddr_un *)NULL)->sun_path]; /* "": no file of ours */
+    dev_t socket_device;
+    ino_t socket_inode;
 };
 
 /* ---- endpoints ---- */
@@ -184,8 +187,23 @@ static kvl_status bind_router(kvl_transport *t, const char *endpoint, kvl_error 
     set_int(t->router, ZMQ_ROUTER_MANDATORY, 1);
     set_int(t->router, ZMQ_ROUTER_HANDOVER, 1);
     if (zmq_bind(t->router, endpoint) != 0) return fail_errno(error, "listen at", endpoint);
-    if (is_file && chmod(path, 0600) != 0) return fail_errno(error, "protect", path);
+    if (!is_file) return KVL_OK;
+    struct stat about;
+    if (chmod(path, 0600) != 0 || lstat(path, &about) != 0) return fail_errno(error, "protect", path);
+    (void)snprintf(t->socket_path, sizeof t->socket_path, "%s", path);
+    t->socket_device = about.st_dev;
+    t->socket_inode = about.st_ino;
     return KVL_OK;
+}
+
+/* ZeroMQ leaves the file where it is. It is removed only while it is still ours. */
+static void remove_socket_file(const kvl_transport *t)
+{
+    struct stat about;
+    if (t->socket_path[0] == '\0' || lstat(t->socket_path, &about) != 0) return;
+    if (about.st_dev == t->socket_device && about.st_ino == t->socket_inode) {
+        (void)unlink(t->socket_path);
+    }
 }
 
 static kvl_status dial(kvl_transport *t, const kvl_transport_options *options, uint32_t i,
@@ -226,7 +244,8 @@ static kvl_status open_all(kvl_transport *t, const kvl_transport_options *option
     for (uint32_t i = 0; i < t->n_peers; i++) KVL_TRY(dial(t, options, i, error));
 
     t->items[0] = (zmq_pollitem_t){.fd = t->wake_fd, .events = ZMQ_POLLIN};
-    t->items[1] = (zmq_pollitem_t){.socket = t->router, .events = ZMQ_POLLIN, .fd = -1};
+    /* Without a router its place in the list stands for the eventfd once more. */
+    t->items[1] = (zmq_pollitem_t){.socket = t->router, .fd = t->wake_fd, .events = ZMQ_POLLIN};
     for (uint32_t i = 0; i < t->n_peers; i++) {
         t->items[2 + 2 * i] = (zmq_pollitem_t){.socket = t->dealers[i], .events = ZMQ_POLLIN};
         t->items[3 + 2 * i] = (zmq_pollitem_t){.socket = t->monitors[i], .events = ZMQ_POLLIN};
@@ -258,6 +277,7 @@ kvl_status kvl_transport_open(const kvl_transport_options *options, kvl_transpor
 void kvl_transport_close(kvl_transport *t)
 {
     if (t == NULL) return;
+    remove_socket_file(t);
     for (uint32_t i = 0; i < KVL_PEERS_MAX; i++) {
         if (t->dealers[i] != NULL) (void)zmq_socket_monitor(t->dealers[i], NULL, 0);
         if (t->monitors[i] != NULL) (void)zmq_close(t->monitors[i]);
@@ -480,10 +500,8 @@ void kvl_transport_wake(kvl_transport *t)
 
 void kvl_transport_poll(kvl_transport *t, int timeout_ms, const kvl_transport_events *events)
 {
-    /* Without a router its place in the list is left out. */
     zmq_pollitem_t *items = t->items;
     const int n_items = (int)(2 + 2 * t->n_peers);
-    if (t->router == NULL) t->items[1] = (zmq_pollitem_t){.fd = t->wake_fd, .events = ZMQ_POLLIN};
     if (zmq_poll(items, n_items, timeout_ms) <= 0) return;
     if ((items[0].revents & ZMQ_POLLIN) != 0) {
         uint64_t count = 0;

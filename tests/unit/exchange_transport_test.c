@@ -488,6 +488,7 @@ static void test_a_socket_file_is_taken_over_only_from_the_dead(void **state)
     assert_non_null(strstr(error.text, "listens"));
     hosts[0].exchange = living;
     stop_all(1);
+    assert_int_equal(access(path, F_OK), -1); /* and takes it with it */
 }
 
 static void test_an_open_directory_is_refused(void **state)
