@@ -85,6 +85,70 @@ kvl_tokenizer *kvl_token_case_make(const kvl_token_case *made_of)
     return tokenizer;
 }
 
+/* ---- texts */
+
+kvl_token_list kvl_token_case_tokenize(const kvl_tokenizer *tokenizer, const char *text,
+                                       size_t n_bytes, bool parse_special)
+{
+    kvl_token_list list = {0};
+    kvl_error error = {0};
+    if (kvl_tokenize(tokenizer, text, n_bytes, parse_special, &list.ids, &list.n, &error) < 0) {
+        fail_msg("%s", error.text);
+    }
+    return list;
+}
+
+void kvl_token_case_check_round_trip(const kvl_tokenizer *tokenizer, const char *text,
+                                     size_t n_bytes)
+{
+    kvl_token_list list = kvl_token_case_tokenize(tokenizer, text, n_bytes, false);
+    size_t at = 0;
+    for (size_t i = 0; i < list.n; i++) {
+        size_t n = 0;
+        const char *bytes = kvl_token_bytes(tokenizer, list.ids[i], true, &n);
+        assert_true(n > 0 && n <= n_bytes - at);
+        assert_memory_equal(bytes, text + at, n);
+        at += n;
+    }
+    assert_int_equal(at, n_bytes);
+    kvl_free(list.ids);
+}
+
+size_t kvl_test_utf8_write(uint32_t code_point, char *text)
+{
+    uint32_t rest = code_point;
+    if (rest < 0x80) {
+        text[0] = (char)rest;
+        return 1;
+    }
+    const size_t n = rest < 0x800 ? 2 : rest < 0x10000 ? 3 : 4;
+    for (size_t i = n - 1; i > 0; i--, rest >>= 6) text[i] = (char)(0x80 | (rest & 0x3f));
+    text[0] = (char)((0xf00u >> n & 0xff) | rest);
+    return n;
+}
+
+kvl_gguf *kvl_token_case_open_model(const char *name)
+{
+    const char *cache = getenv("XDG_CACHE_HOME");
+    const char *home = getenv("HOME");
+    const bool has_cache = cache != NULL && cache[0] != '\0';
+    char path[4096];
+    (void)snprintf(path, sizeof path, "%s%s/kvloom/models/%s.gguf",
+                   has_cache      ? cache
+                   : home == NULL ? ""
+                                  : home,
+                   has_cache ? "" : "/.cache", name);
+    kvl_gguf *gguf = NULL;
+    kvl_error error = {0};
+    const kvl_status status = kvl_gguf_open(path, &gguf, &error);
+    if (status == KVL_ERR_NOT_FOUND) {
+        print_message("%s is not there: skipped\n", path);
+    } else if (status < 0) {
+        fail_msg("%s", error.text);
+    }
+    return gguf;
+}
+
 /* ---- golden files */
 
 kvl_golden kvl_golden_open(const char *path)

@@ -5,6 +5,7 @@
 
 #include "gguf_writer.h"
 
+#include "model/gguf.h"
 #include "model/tokenizer.h"
 
 /* A vocabulary: ids 0 .. 255 are the bytes, then come `tokens`. */
@@ -24,6 +25,24 @@ void kvl_token_case_write(const kvl_token_case *made_of, kvl_gguf_writer *writer
 /* Ends the writer. Owns: ended with kvl_tokenizer_destroy. */
 kvl_tokenizer *kvl_token_case_finish(kvl_gguf_writer *writer);
 kvl_tokenizer *kvl_token_case_make(const kvl_token_case *made_of);
+
+/* The ids of a text; an error fails the test. Owns: list.ids, ended with kvl_free. */
+typedef struct kvl_token_list {
+    uint32_t *ids;
+    size_t n;
+} kvl_token_list;
+
+kvl_token_list kvl_token_case_tokenize(const kvl_tokenizer *tokenizer, const char *text,
+                                       size_t n_bytes, bool parse_special);
+/* The bytes of the ids of a text are the text. */
+void kvl_token_case_check_round_trip(const kvl_tokenizer *tokenizer, const char *text,
+                                     size_t n_bytes);
+/* Writes a character, surrogates too, and returns its bytes, 1 .. 4. */
+size_t kvl_test_utf8_write(uint32_t code_point, char *text);
+
+/* A file of the cache of models, without ".gguf". NULL, with a word on it, if it is not there.
+ * Owns: ended with kvl_gguf_close. */
+kvl_gguf *kvl_token_case_open_model(const char *name);
 
 /* ---- golden files: see tests/golden/make_tokenizer_golden.py */
 
