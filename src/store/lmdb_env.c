@@ -23,6 +23,7 @@
 enum { TABLES_MAX = 4, READERS_MAX = 512, FILE_MODE = 0600 };
 
 static const uint64_t MIB = (uint64_t)1 << 20;
+static const uint64_t SLACK_BYTES = (uint64_t)16 << 20;
 static const uint64_t STORE_BYTES_MAX = (uint64_t)1 << 44;
 
 const char *kvl_lmdb_remote_filesystem(uint64_t type)
@@ -58,9 +59,10 @@ kvl_status kvl_lmdb_fail(kvl_error *error, int code, const char *what)
     case MDB_BAD_TXN:
         return KVL_FAIL(error, KVL_ERR_CORRUPT, "lmdb: %s: %s", what, mdb_strerror(code));
     case ENOSPC:
+    case EIO: /* LMDB's answer to a write that came out short, which is a full disk as a rule */
     case EDQUOT:
     case EFBIG:
-        return KVL_FAIL(error, KVL_ERR_IO, "lmdb: %s: %s; free space or lower the cap of the store",
+        return KVL_FAIL(error, KVL_ERR_IO, "lmdb: %s: %s; is the disk full? free space or lower the cap of the store",
                         what, mdb_strerror(code));
     case MDB_MAP_FULL:
         return KVL_FAIL(error, KVL_ERR_IO,
@@ -173,8 +175,8 @@ static uint64_t round_up(uint64_t value, uint64_t multiple)
  * exactly; besides, pages that a transaction frees can be used only by the one after the next. */
 static void size_map(kvl_lmdb_env *env, uint64_t bytes_max, uint64_t file_bytes)
 {
-    env->map_bytes_max = round_up(bytes_max + bytes_max / 4, MIB) + 64 * MIB;
-    env->map_bytes = round_up(file_bytes, MIB) + 64 * MIB;
+    env->map_bytes_max = round_up(bytes_max + bytes_max / 4, MIB) + SLACK_BYTES;
+    env->map_bytes = round_up(file_bytes, MIB) + SLACK_BYTES;
     if (env->map_bytes > env->map_bytes_max) env->map_bytes = env->map_bytes_max;
     /* The cap may have been lowered since; what is there must still be mapped. */
     if (env->map_bytes < file_bytes + MIB) env->map_bytes = round_up(file_bytes, MIB) + MIB;
@@ -196,7 +198,7 @@ bool kvl_lmdb_env_grow(kvl_lmdb_env *env)
 
 bool kvl_lmdb_env_grow_for_delete(kvl_lmdb_env *env)
 {
-    const uint64_t limit = env->map_bytes_max + 64 * MIB;
+    const uint64_t limit = env->map_bytes_max + SLACK_BYTES;
     return env->map_bytes < limit && set_map(env, env->map_bytes + MIB);
 }
 
