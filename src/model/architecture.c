@@ -21,6 +21,7 @@ static const kvl_architecture architectures[] = {
 };
 static const char supported_names[] = "llama, qwen2";
 
+/* One row a tensor: name, sizes by the shape, place in kvl_layer_weights. */
 #define MATRIX(name, n_outputs, n_inputs, field)                                                   \
     {                                                                                              \
         name, true, KVL_EXTENT_##n_outputs, KVL_EXTENT_##n_inputs, false,                          \
@@ -53,6 +54,8 @@ typedef struct size_key {
     size_t field; /* its place in kvl_model_shape */
 } size_key;
 
+/* All of these must be there and at least 1. Limits come before anything is multiplied: the largest
+ * product of two is below 2^32. */
 static const size_key size_keys[] = {
     {"block_count", KVL_LAYERS_MAX, offsetof(kvl_model_shape, n_layers)},
     {"context_length", KVL_POSITIONS_MAX, offsetof(kvl_model_shape, n_context)},
@@ -92,6 +95,7 @@ const char *kvl_architecture_key(const kvl_architecture *architecture, const cha
     return key;
 }
 
+/* Cannot wrap: KVL_HEADS_MAX * KVL_HEAD_DIM_MAX is 2^18. */
 uint32_t kvl_extent_of(kvl_extent extent, const kvl_model_shape *shape)
 {
     switch (extent) {
@@ -104,6 +108,8 @@ uint32_t kvl_extent_of(kvl_extent extent, const kvl_model_shape *shape)
     return 0;
 }
 
+/* A file of general.type "adapter" names the architecture that it adapts, so the type comes first.
+ */
 kvl_status kvl_architecture_find(const kvl_gguf *gguf, const kvl_architecture **architecture,
                                  kvl_error *error)
 {
@@ -149,6 +155,7 @@ static kvl_status number_of(const kvl_gguf *gguf, const char *key, double *numbe
     return KVL_OK;
 }
 
+/* Written without ==, which a float compare warns of; not-a-number never gets here. */
 static kvl_status refuse_other_mathematics(const kvl_architecture *architecture,
                                            const kvl_gguf *gguf, kvl_error *error)
 {
@@ -185,6 +192,8 @@ static kvl_status refuse_window(const kvl_architecture *architecture, const kvl_
                     supported_names);
 }
 
+/* Heads, and how long they are: said by a key, or else the width shared out among them. Values must
+ * be as long as keys, since pages and segments hold both in the same shape. */
 static kvl_status read_heads(const kvl_architecture *architecture, const kvl_gguf *gguf,
                              kvl_model_shape *shape, kvl_error *error)
 {
@@ -224,6 +233,7 @@ static kvl_status read_heads(const kvl_architecture *architecture, const kvl_ggu
                     kvl_gguf_find(gguf, key)->offset, shape->head_dim);
 }
 
+/* Fewer dimensions than a head has are fine: the rest of the head does not turn. */
 static kvl_status read_rotary(const kvl_architecture *architecture, const kvl_gguf *gguf,
                               kvl_model_shape *shape, kvl_error *error)
 {
@@ -278,6 +288,7 @@ static kvl_status read_vocabulary(const kvl_architecture *architecture, const kv
                     n_vocab, kvl_gguf_find(gguf, key)->offset, shape->n_vocab);
 }
 
+/* For people only: cut to fit, and made printable, since it goes to terminals and pages. */
 static kvl_status read_name(const kvl_gguf *gguf, kvl_model_shape *shape, kvl_error *error)
 {
     kvl_gguf_text name;
@@ -288,6 +299,7 @@ static kvl_status read_name(const kvl_gguf *gguf, kvl_model_shape *shape, kvl_er
     return KVL_OK;
 }
 
+/* In this order, because later steps divide by and compare with what earlier ones have checked. */
 kvl_status kvl_architecture_read_shape(const kvl_architecture *architecture, const kvl_gguf *gguf,
                                        kvl_model_shape *shape, kvl_error *error)
 {

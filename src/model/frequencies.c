@@ -16,6 +16,8 @@ typedef enum scaling {
     SCALING_LLAMA3,
 } scaling;
 
+/* An unknown kind is refused and not ignored: its model would answer well for a while and go wrong
+ * with the length of the prompt, which nobody finds. */
 static kvl_status read_scaling(const kvl_architecture *architecture, const kvl_gguf *gguf,
                                scaling *kind, kvl_error *error)
 {
@@ -70,6 +72,7 @@ static double llama3_factor(double frequency, double factor, double low, double 
     return 1 / (kept + (1 - kept) / factor);
 }
 
+/* All four numbers must be there; converters that write them write all. */
 static kvl_status apply_llama3_keys(const kvl_architecture *architecture, const kvl_gguf *gguf,
                                     const kvl_model_shape *shape, double *frequencies,
                                     kvl_error *error)
@@ -97,6 +100,9 @@ static kvl_status apply_llama3_keys(const kvl_architecture *architecture, const 
     return KVL_OK;
 }
 
+/* Converters compute the factors from the same four numbers and store them for each pair, so this
+ * is the same scaling with nothing left to choose. Factors are read from a tensor and so checked
+ * one by one: 0 would make an infinite frequency, and every key not-a-number. */
 static kvl_status apply_factor_tensor(const kvl_gguf_tensor *tensor, const kvl_model_shape *shape,
                                       double *frequencies, kvl_error *error)
 {
@@ -123,6 +129,7 @@ static kvl_status apply_factor_tensor(const kvl_gguf_tensor *tensor, const kvl_m
     return KVL_OK;
 }
 
+/* A tensor of factors comes before keys, as in llama.cpp, and replaces them. */
 kvl_status kvl_frequencies_read(const kvl_architecture *architecture, const kvl_gguf *gguf,
                                 const kvl_model_shape *shape, double *inverse_frequencies,
                                 kvl_error *error)

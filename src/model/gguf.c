@@ -39,11 +39,15 @@ typedef struct reader {
 
 /* ---- single things */
 
+/* Always subtracted and never added to: a length from the file plus a position can wrap, what is
+ * left cannot. */
 static size_t bytes_left(const reader *from)
 {
     return from->n_bytes - from->at;
 }
 
+/* The only way forward: whatever is read has been through here, or through lengths that were.
+ * `what` names it in an error. */
 static kvl_status take(reader *from, size_t n_bytes, const char *what, const uint8_t **bytes,
                        kvl_error *error)
 {
@@ -82,6 +86,8 @@ static kvl_status take_u64(reader *from, const char *what, uint64_t *value, kvl_
     return KVL_OK;
 }
 
+/* The end of the file is checked before the limit, so that a damaged length is told from a long
+ * text: the first asks for another download, the second for another model. */
 static kvl_status take_text(reader *from, const char *what, size_t n_bytes_max, kvl_gguf_text *text,
                             kvl_error *error)
 {
@@ -107,7 +113,7 @@ static kvl_status take_text(reader *from, const char *what, size_t n_bytes_max, 
 
 /* ---- metadata values */
 
-/* 0 for texts and arrays, whose size is in the file. */
+/* Bytes of one number; 0 for texts and arrays, whose size is in the file. */
 static size_t number_bytes(kvl_gguf_type type)
 {
     static const uint8_t sizes[KVL_GGUF_TYPE_COUNT] = {
@@ -119,6 +125,7 @@ static size_t number_bytes(kvl_gguf_type type)
     return sizes[type];
 }
 
+/* Checked here once; everywhere else a type is an index into tables. */
 static kvl_status take_type(reader *from, const char *key, kvl_gguf_type *type, kvl_error *error)
 {
     const size_t type_at = from->at;
@@ -146,6 +153,7 @@ static kvl_status check_bools(const reader *from, const uint8_t *bytes, size_t n
     return KVL_OK;
 }
 
+/* Numbers are not looked at, but for truth values; their getters read them one by one. */
 static kvl_status skip_numbers(reader *from, kvl_gguf_type type, size_t n, const char *key,
                                kvl_error *error)
 {
@@ -156,6 +164,8 @@ static kvl_status skip_numbers(reader *from, kvl_gguf_type type, size_t n, const
     return type == KVL_GGUF_BOOL ? check_bools(from, bytes, n, key, error) : KVL_OK;
 }
 
+/* Walks texts to their end, so that later walks over the same lengths need no checks. Each takes 8
+ * bytes of the file or more, so n is bounded by the file here too. */
 static kvl_status skip_elements(reader *from, kvl_gguf_type type, size_t n, const char *key,
                                 kvl_error *error)
 {
@@ -167,6 +177,7 @@ static kvl_status skip_elements(reader *from, kvl_gguf_type type, size_t n, cons
     return KVL_OK;
 }
 
+/* n_allowed is what earlier arrays of the same value have left of KVL_GGUF_ELEMENTS_MAX. */
 static kvl_status take_array_head(reader *from, const char *key, size_t n_allowed,
                                   kvl_gguf_type *type, size_t *n, kvl_error *error)
 {
@@ -223,6 +234,7 @@ static kvl_status take_array(reader *from, const char *key, kvl_gguf_value *valu
     return KVL_OK;
 }
 
+/* The key is copied only into error texts, made printable: a file must not write to a terminal. */
 static kvl_status take_pair(reader *from, kvl_gguf_value *value, kvl_error *error)
 {
     const size_t key_at = from->at;
@@ -253,6 +265,7 @@ static kvl_status take_pair(reader *from, kvl_gguf_value *value, kvl_error *erro
 
 /* ---- sorted indexes */
 
+/* Any total order would do; this one never reads past the shorter text. */
 static int compare_texts(kvl_gguf_text a, kvl_gguf_text b)
 {
     const size_t n_common = a.n_bytes < b.n_bytes ? a.n_bytes : b.n_bytes;
@@ -279,6 +292,8 @@ static int compare_offsets(const void *a, const void *b)
     return ((*left)->offset > (*right)->offset) - ((*left)->offset < (*right)->offset);
 }
 
+/* Which of two equal keys a reader takes differs from program to program, so that one file could
+ * show a scanner one value and an engine another. */
 static kvl_status index_values(kvl_gguf *gguf, const reader *from, kvl_error *error)
 {
     for (size_t i = 0; i < gguf->n_values; i++) gguf->values_by_key[i] = &gguf->values[i];
@@ -331,6 +346,7 @@ typedef struct tensor_type {
     const char *name;
 } tensor_type;
 
+/* Types without a dtype are listed for their names: "IQ4_NL" tells a user more than 20. */
 static const tensor_type *find_tensor_type(uint32_t number)
 {
     static const tensor_type types[] = {
@@ -373,6 +389,7 @@ static const tensor_type *find_tensor_type(uint32_t number)
     return NULL;
 }
 
+/* A number above all known types, or one of the gaps that removed types left, is unknown. */
 static kvl_status take_dtype(reader *from, const char *name, kvl_dtype *dtype, kvl_error *error)
 {
     const size_t type_at = from->at;
@@ -389,6 +406,7 @@ static kvl_status take_dtype(reader *from, const char *name, kvl_dtype *dtype, k
     return KVL_OK;
 }
 
+/* The count of dimensions is checked before it is an index: sizes[] has four places. */
 static kvl_status take_sizes(reader *from, const char *name, kvl_gguf_tensor *tensor,
                              kvl_error *error)
 {
@@ -502,6 +520,7 @@ static kvl_status place_tensors(kvl_gguf *gguf, const reader *from, size_t align
 
 /* ---- the file */
 
+/* Version 2 and 3 differ in nothing but that 3 may be big-endian; version 1 had 32-bit lengths. */
 static kvl_status take_version(reader *from, kvl_error *error)
 {
     const uint8_t *magic = NULL;
@@ -530,6 +549,8 @@ static kvl_status take_version(reader *from, kvl_error *error)
                     "the version is %u at byte 4; supported are 2 and 3", version);
 }
 
+/* Two checks, since each alone is too weak: the limit keeps a table reasonable whatever the file's
+ * size, and the file's size keeps it honest: a file of 100 bytes does not have 60,000 tensors. */
 static kvl_status take_count(reader *from, const char *what, size_t n_max, size_t item_bytes_min,
                              size_t *n, kvl_error *error)
 {
@@ -566,6 +587,8 @@ static kvl_status allocate_tables(kvl_gguf *gguf, kvl_error *error)
                     gguf->n_values, gguf->n_tensors);
 }
 
+/* Before any tensor, since their offsets are held against it. An alignment of 0 would be divided
+ * by, and a huge one would move the data past the end. */
 static kvl_status find_alignment(const kvl_gguf *gguf, size_t *alignment, kvl_error *error)
 {
     uint32_t value = 0;
@@ -581,6 +604,7 @@ static kvl_status find_alignment(const kvl_gguf *gguf, size_t *alignment, kvl_er
     return KVL_OK;
 }
 
+/* Before the tensors too: a part of a model would only complain about the missing ones. */
 static kvl_status refuse_split(const kvl_gguf *gguf, kvl_error *error)
 {
     uint32_t n_files = 0;
@@ -592,6 +616,7 @@ static kvl_status refuse_split(const kvl_gguf *gguf, kvl_error *error)
                     n_files, kvl_gguf_find(gguf, "split.count")->offset);
 }
 
+/* Leaves a gguf that kvl_gguf_close can end, however far it got. */
 static kvl_status parse_into(kvl_gguf *gguf, reader from, kvl_error *error)
 {
     KVL_TRY(take_version(&from, error));

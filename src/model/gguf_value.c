@@ -7,6 +7,7 @@
 #include <math.h>
 #include <string.h>
 
+/* The format's names, except that its "string" is a text here. */
 static const char *type_name(kvl_gguf_type type)
 {
     static const char *const names[KVL_GGUF_TYPE_COUNT] = {
@@ -30,6 +31,8 @@ static kvl_status refuse_type(const kvl_gguf_value *value, const char *key, cons
                     type_name(value->type), value->offset, wanted);
 }
 
+/* Numbers lie where they fall in the file, so they are put together byte by byte: a cast would be
+ * an unaligned read. */
 static uint64_t bits_at(const kvl_gguf_value *value, size_t index, size_t n_bytes)
 {
     KVL_ASSERT(index < value->n_elements && (index + 1) * n_bytes <= value->n_bytes);
@@ -86,6 +89,8 @@ static bool integer_of(const kvl_gguf_value *value, uint64_t *magnitude, bool *n
     return true;
 }
 
+/* Too large and too small are different classes: a limit of ours can be asked to be raised, a size
+ * of 0 is a broken file. */
 static kvl_status u32_of(const kvl_gguf_value *value, const char *key, uint32_t minimum,
                          uint32_t maximum, uint32_t *result, kvl_error *error)
 {
@@ -194,6 +199,8 @@ kvl_status kvl_gguf_get_text(const kvl_gguf *gguf, const char *key, kvl_gguf_tex
     return kvl_gguf_find_text(gguf, key, result, error);
 }
 
+/* The element type is held against what the caller will read. A reader that skips this reads four
+ * bytes an element out of an array that has one. */
 kvl_status kvl_gguf_find_array(const kvl_gguf *gguf, const char *key, kvl_gguf_type element_type,
                                size_t n_minimum, size_t n_maximum, const kvl_gguf_value **result,
                                kvl_error *error)
@@ -251,6 +258,7 @@ bool kvl_gguf_text_is(kvl_gguf_text text, const char *wanted)
     return text.n_bytes == n_bytes && (n_bytes == 0 || memcmp(text.bytes, wanted, n_bytes) == 0);
 }
 
+/* Bytes above 126 go too: half a UTF-8 character at the cut would be worse than a question mark. */
 const char *kvl_gguf_printable(kvl_gguf_text text, char *buffer)
 {
     const size_t n_max = KVL_GGUF_PRINTABLE_BYTES - 1;

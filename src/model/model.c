@@ -68,6 +68,7 @@ static kvl_status refuse_missing(const binder *binding, const char *name, kvl_er
                     binding->architecture->name);
 }
 
+/* The parser has found n_bytes from the same sizes, so a row is an exact part of it. */
 static kvl_status bind_matrix(binder *binding, const char *name, uint32_t n_outputs,
                               uint32_t n_inputs, kvl_matrix *matrix, kvl_error *error)
 {
@@ -107,6 +108,7 @@ static float float_of_half(uint16_t half)
     return value;
 }
 
+/* The upper half of a float. */
 static float float_of_bfloat(uint16_t bfloat)
 {
     const uint32_t bits = (uint32_t)bfloat << 16;
@@ -115,6 +117,7 @@ static float float_of_bfloat(uint16_t bfloat)
     return value;
 }
 
+/* n is a size of the checked shape. The list has a place for every vector that a model can have. */
 static kvl_status convert_vector(binder *binding, const kvl_gguf_tensor *tensor, uint32_t n,
                                  const float **vector, kvl_error *error)
 {
@@ -132,6 +135,8 @@ static kvl_status convert_vector(binder *binding, const kvl_gguf_tensor *tensor,
     return KVL_OK;
 }
 
+/* A missing optional vector is NULL, and stays so for kernels to see. Quantised norms are refused:
+ * no converter writes them, and a norm's error would go into every number after it. */
 static kvl_status bind_vector(binder *binding, const char *name, uint32_t n, bool is_optional,
                               const float **vector, kvl_error *error)
 {
@@ -154,6 +159,7 @@ static kvl_status bind_vector(binder *binding, const char *name, uint32_t n, boo
 
 /* ---- the whole set */
 
+/* One walk over the table of tensors; `field` is the matrix or the pointer that a rule names. */
 static kvl_status bind_layer(binder *binding, uint32_t layer, kvl_error *error)
 {
     const kvl_model_shape *shape = &binding->model->shape;
@@ -192,6 +198,7 @@ static kvl_status refuse_unused(const binder *binding, kvl_error *error)
     return KVL_OK;
 }
 
+/* Without output.weight the embedding is read the other way round: tied, as in small models. */
 static kvl_status bind_all(binder *binding, kvl_error *error)
 {
     kvl_model *model = binding->model;
@@ -259,6 +266,8 @@ static kvl_status make_tokenizer(kvl_model *model, kvl_error *error)
                     n_tokens, tokens == NULL ? 0 : tokens->offset, model->shape.n_vocab);
 }
 
+/* From cheap to dear: a file that is refused is refused before its vocabulary is read. Leaves a
+ * model that kvl_model_close can end, however far it got. */
 static kvl_status fill_model(kvl_model *model, kvl_error *error)
 {
     const kvl_architecture *architecture = NULL;
@@ -306,6 +315,7 @@ kvl_status kvl_model_parse(const void *bytes, size_t n_bytes, kvl_model **model,
     return make_model(gguf, model, error);
 }
 
+/* Every part may be missing: a model that was not finished ends here too. The file goes last. */
 void kvl_model_close(kvl_model *model)
 {
     if (model == NULL) return;
@@ -366,6 +376,7 @@ const kvl_chat_template *kvl_model_chat_template(const kvl_model *model)
 
 /* ---- fingerprint */
 
+/* Bytes as they are in the file: the same weights in another format give another KV. */
 static void digest_matrix(kvl_digester *digester, const kvl_matrix *matrix)
 {
     kvl_digester_add_u64(digester, (uint64_t)matrix->dtype);
@@ -440,6 +451,7 @@ static kvl_digest compute_fingerprint(const kvl_model *model)
     return kvl_digester_end(&digester);
 }
 
+/* Whoever comes second waits for the first: the work is done once. */
 kvl_digest kvl_model_fingerprint(const kvl_model *model)
 {
     lazy_digest *lazy = model->fingerprint;

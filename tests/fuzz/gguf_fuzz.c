@@ -1,5 +1,5 @@
-/* gguf_fuzz.c: a libFuzzer target over everything that reads a model file: the tables, and on top of
- * them shape, frequencies, tensors, tokenizer and template.
+/* gguf_fuzz.c: a libFuzzer target over everything that reads a model file: the tables, and on top
+ * of them shape, frequencies, tensors, tokenizer and template.
  *
  * Bytes are copied to memory of exactly their size, so that the address sanitizer sees a step past
  * the end. Good seeds are the files of tests/support/tiny_gguf.h: mutation seldom invents a model.

@@ -494,6 +494,19 @@ static void test_wrong_sets_of_tensors_are_refused(void **state)
     assert_refused(KVL_ERR_UNSUPPORTED, "tensor output_norm.weight", "is Q8_0");
 }
 
+/* Twice the weights of a vector, in a third dimension: the first two are as they should be. */
+static void test_further_dimensions_are_refused(void **state)
+{
+    (void)state;
+    start_tiny("llama");
+    kvl_gguf_written_tensor *norm = kvl_gguf_written(&writer, "output_norm.weight");
+    const uint8_t zeros[64 * sizeof(float)] = {0};
+    kvl_gguf_put(&norm->data, zeros, sizeof zeros);
+    norm->n_dimensions = 3;
+    norm->sizes[2] = 2;
+    assert_refused(KVL_ERR_MALFORMED, "tensor output_norm.weight", "is 64 x 1 x 2 x 1");
+}
+
 /* A token without a row in the embedding would be read past its end. */
 static void test_vocabularies_of_another_size_are_refused(void **state)
 {
@@ -761,6 +774,7 @@ int main(void)
         cmocka_unit_test(test_other_mathematics_is_refused),
         cmocka_unit_test(test_bad_shapes_are_refused),
         cmocka_unit_test(test_wrong_sets_of_tensors_are_refused),
+        cmocka_unit_test(test_further_dimensions_are_refused),
         cmocka_unit_test(test_vocabularies_of_another_size_are_refused),
         cmocka_unit_test(test_fingerprint_ignores_what_kv_does_not_depend_on),
         cmocka_unit_test(test_fingerprint_follows_shape_and_rotation),
