@@ -12,6 +12,7 @@
 
 #include "attention/attention.h"
 #include "base/alloc.h"
+#include "compute/cpu/attend.h"
 #include "test_random.h"
 
 #include <math.h>
@@ -515,6 +516,43 @@ static void test_pages_hold_what_was_written(void **state)
     on_every_variant(pages_hold_what_was_written);
 }
 
+/* Empty partials, whatever their numbers are, change nothing wherever they stand; empty ones alone
+ * give zeros, and no NaN comes of two infinities. */
+static void empty_parts_do_not_count(kvl_cpu_variant variant, kvl_random *random)
+{
+    enum { N_PARTS = 5, HEAD_DIM = 48, STRIDE = HEAD_DIM + KVL_ATTEND_PARTIAL_EXTRA };
+    kvl_cpu_kernels kernels;
+    kvl_error error;
+    assert_int_equal(kvl_cpu_kernels_choose(variant, &kernels, &error), KVL_OK);
+    float parts[N_PARTS][STRIDE], dense[N_PARTS][STRIDE], state[STRIDE];
+    float out[HEAD_DIM], expected[HEAD_DIM];
+    for (uint32_t filled = 0; filled < 1u << N_PARTS; filled++) {
+        uint32_t n = 0;
+        for (uint32_t i = 0; i < N_PARTS; i++) {
+            kvl_test_fill_normal(random, parts[i], HEAD_DIM);
+            parts[i][HEAD_DIM] = 100.0F * kvl_random_uniform(random);
+            parts[i][HEAD_DIM + 1] = 1.0F + kvl_random_uniform(random);
+            if ((filled >> i & 1) != 0) {
+                memcpy(dense[n++], parts[i], sizeof parts[i]);
+            } else {
+                for (uint32_t d = 0; d < HEAD_DIM; d++) parts[i][d] = NAN;
+                parts[i][HEAD_DIM] = -INFINITY;
+                parts[i][HEAD_DIM + 1] = 0.0F;
+            }
+        }
+        kernels.attend->merge(HEAD_DIM, N_PARTS, parts[0], STRIDE, state, out);
+        kernels.attend->merge(HEAD_DIM, n, dense[0], STRIDE, state, expected);
+        assert_memory_equal(out, expected, sizeof out);
+        for (uint32_t d = 0; n == 0 && d < HEAD_DIM; d++) assert_true(out[d] == 0.0F);
+    }
+}
+
+static void test_empty_parts_do_not_count(void **state)
+{
+    (void)state;
+    on_every_variant(empty_parts_do_not_count);
+}
+
 static void test_rows_that_are_nowhere_are_refused(void **state)
 {
     (void)state;
@@ -580,6 +618,7 @@ int main(void)
         cmocka_unit_test(test_the_future_does_not_matter),
         cmocka_unit_test(test_splitting_does_not_show),
         cmocka_unit_test(test_pages_hold_what_was_written),
+        cmocka_unit_test(test_empty_parts_do_not_count),
         cmocka_unit_test(test_rows_that_are_nowhere_are_refused),
         cmocka_unit_test(test_plan_allocations),
     };
