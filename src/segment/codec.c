@@ -2,8 +2,8 @@
  *
  * The engine has tokens outside and heads inside, a segment the other way round, so that one head's
  * keys are one run of memory. Both directions walk token by token: the float32 side, the larger
- * one, is then read or written once from start to end, and the segment's side is n_kv_heads streams,
- * each in order too. */
+ * one, is then read or written once from start to end, and the segment's side is n_kv_heads
+ * streams, each in order too. */
 #include "segment/codec.h"
 
 #include "segment/codec_rows.h"

@@ -7,11 +7,11 @@
 
 /* A block is numbers in the segment's dtype, little endian, head by head:
  *   keys [n_kv_heads][n_tokens][head_dim], values the same;
- *   int8 only, behind them: scales of keys [n_kv_heads][n_tokens] float16, scales of values the same.
- * Rounding is to nearest, ties to even. int8: a group is one head of one token; its scale is the
- * smallest float16 that is at least max|x| / 127, a number stands for q * scale, so that
- * |x - q * scale| <= scale / 2. Numbers too large for that (above 127 * 65504) and infinities become
- * +-127, NaN becomes 0; neither counts in max|x|.
+ *   int8 only, behind them: scales of keys [n_kv_heads][n_tokens] float16, those of values.
+ * Rounding is to nearest, ties to even. int8: a group is one head of one token; its scale
+ * is the smallest float16 that is at least max|x| / 127, a number stands for q * scale, so that
+ * |x - q * scale| <= scale / 2. Numbers too large for that (above 127 * 65504) and infinities
+ * become +-127, NaN becomes 0; neither counts in max|x|.
  * A block must be aligned to 2 bytes. */
 
 /* Bytes of one block (keys and values of one layer). False on overflow or an unknown dtype. */

@@ -31,8 +31,8 @@ static uint16_t f16_of(float number)
     } else if (magnitude >= 0x477ff000) { /* 65520, half way between the largest and infinity */
         half = 0x7c00;
     } else if (magnitude < 0x38800000) { /* 2^-14, the smallest normal float16 */
-        /* Between 0.5 and 1 a float has steps of 2^-24, as subnormal float16 do: the addition rounds
-         * for us, and the lower bits of the sum are the result. */
+        /* Between 0.5 and 1 a float has steps of 2^-24, as subnormal float16 do: the addition
+         * rounds for us, and the lower bits of the sum are the result. */
         half = bits_of(float_of(magnitude) + 0.5F) - 0x3f000000;
     } else {
         const uint32_t rebased = magnitude - 0x38000000;

@@ -47,8 +47,8 @@ AVX2 static void bf16_from_f32(size_t n, const float *in, uint16_t *out)
         const __m256i quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
         const __m256i is_nan = _mm256_cmpgt_epi32(magnitudes(bits), infinity);
         const __m256i words = _mm256_blendv_epi8(rounded, quiet, is_nan);
-        const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(words),
-                                                _mm256_extracti128_si256(words, 1));
+        const __m128i packed =
+            _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
         _mm_storeu_si128((__m128i *)(void *)(out + i), packed);
     }
     kvl_codec_rows_portable()->bf16_from_f32(n - i, in + i, out + i);
@@ -77,8 +77,8 @@ AVX2 static uint32_t magnitude_max(size_t n, const float *in)
         const __m256i is_finite = _mm256_cmpgt_epi32(infinity, magnitude);
         largest = _mm256_max_epi32(largest, _mm256_and_si256(magnitude, is_finite));
     }
-    __m128i half = _mm_max_epi32(_mm256_castsi256_si128(largest),
-                                 _mm256_extracti128_si256(largest, 1));
+    __m128i half =
+        _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
     half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
     half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1));
     const uint32_t whole = (uint32_t)_mm_cvtsi128_si32(half);

@@ -32,7 +32,7 @@ struct kvl_container {
     kvl_container_info info;
     kvl_container_layout layout;
     kvl_header_message *message; /* owns what info points to */
-    block_progress *progress;          /* NULL: sealed from the start */
+    block_progress *progress;    /* NULL: sealed from the start */
     const uint8_t *bytes;
     uint8_t *own; /* the same bytes where they are ours, else NULL */
     size_t capacity;
@@ -78,7 +78,8 @@ static kvl_status add_bytes(kvl_container *container, kvl_error *error)
     container->own = kvl_spare_take(n_bytes, &container->capacity);
     container->bytes = container->own;
     if (container->own == NULL)
-        return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a container of %zu bytes", n_bytes);
+        return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a container of %zu bytes",
+                        n_bytes);
     return KVL_OK;
 }
 
@@ -87,7 +88,8 @@ static void clear_padding(kvl_container *container)
 {
     const size_t padding = (size_t)(container->layout.block_stride - container->info.block_bytes);
     for (uint32_t i = 0; i < container->layout.n_blocks; i++) {
-        const uint64_t past = kvl_layout_block_at(&container->layout, i) + container->info.block_bytes;
+        const uint64_t past =
+            kvl_layout_block_at(&container->layout, i) + container->info.block_bytes;
         memset(container->own + past, 0, padding);
     }
 }
@@ -101,8 +103,8 @@ static kvl_status create(const kvl_container_info *info, kvl_container *made, kv
     kvl_header_write(info, &made->layout, made->own);
     memset(made->own + made->layout.blocks_at, 0,
            (size_t)(made->layout.n_bytes - made->layout.blocks_at));
-    /* Reading our own header back gives the copies of tokens and extra, and shows that a reader will
-     * take what was written. */
+    /* Reading our own header back gives the copies of tokens and extra, and shows that a reader
+     * will take what was written. */
     kvl_container_layout read;
     const kvl_status status = kvl_header_read(made->own, made->layout.blocks_at, false, &read,
                                               &made->info, &made->message, error);
@@ -148,8 +150,8 @@ kvl_status kvl_container_from_header(const void *bytes, size_t n_bytes, kvl_cont
     *container = NULL;
     kvl_container *made = NULL;
     KVL_TRY(container_new(&made, error));
-    kvl_status status = kvl_header_read(bytes, n_bytes, true, &made->layout, &made->info,
-                                        &made->message, error);
+    kvl_status status =
+        kvl_header_read(bytes, n_bytes, true, &made->layout, &made->info, &made->message, error);
     if (status == KVL_OK && n_bytes != made->layout.blocks_at) {
         status = KVL_FAIL(error, KVL_ERR_DAMAGED, "container: header of %zu bytes says it has %u",
                           n_bytes, made->layout.blocks_at);
@@ -172,8 +174,8 @@ static kvl_status read_whole(const void *bytes, size_t n_bytes, kvl_container **
 {
     kvl_container *made = NULL;
     KVL_TRY(container_new(&made, error));
-    kvl_status status = kvl_header_read(bytes, n_bytes, true, &made->layout, &made->info,
-                                        &made->message, error);
+    kvl_status status =
+        kvl_header_read(bytes, n_bytes, true, &made->layout, &made->info, &made->message, error);
     if (status == KVL_OK && n_bytes != made->layout.n_bytes) {
         status = KVL_FAIL(error, KVL_ERR_DAMAGED, "container: %zu bytes came, %" PRIu64 " expected",
                           n_bytes, made->layout.n_bytes);
@@ -307,7 +309,8 @@ kvl_status kvl_container_block_check(const kvl_container *container, uint32_t bl
                         block, actual, expected);
     }
     if (!kvl_bytes_are_zero(bytes + n_bytes, (size_t)layout->block_stride - n_bytes))
-        return KVL_FAIL(error, KVL_ERR_DAMAGED, "container: padding of block %u is not zero", block);
+        return KVL_FAIL(error, KVL_ERR_DAMAGED, "container: padding of block %u is not zero",
+                        block);
     if (progress != NULL) note_checked(progress, block);
     return KVL_OK;
 }

@@ -21,7 +21,10 @@
 #define KVL_CONTAINER_HEAD_DIM_MAX 4096u
 #define KVL_SEGMENT_TOKENS_MAX (1u << 17)
 
-typedef enum kvl_container_kind { KVL_CONTAINER_SEGMENT = 1, KVL_CONTAINER_ANCHOR = 2 } kvl_container_kind;
+typedef enum kvl_container_kind {
+    KVL_CONTAINER_SEGMENT = 1,
+    KVL_CONTAINER_ANCHOR = 2
+} kvl_container_kind;
 
 /* Numbers of KV. int8: per group of one token and one head, a float16 scale beside it. */
 typedef enum kvl_kv_dtype {

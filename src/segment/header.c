@@ -66,7 +66,8 @@ kvl_status kvl_header_check(const kvl_container_info *info, kvl_status failure, 
                                   &expected) ||
          expected != info->block_bytes)) {
         return KVL_FAIL(error, failure,
-                        "container: block_bytes is %" PRIu64 ", a segment of this shape has %" PRIu64,
+                        "container: block_bytes is %" PRIu64
+                        ", a segment of this shape has %" PRIu64,
                         info->block_bytes, expected);
     }
     return KVL_OK;
@@ -95,8 +96,8 @@ kvl_status kvl_header_layout(const kvl_container_info *info, uint64_t message_by
     const uint64_t n_bytes = blocks_at + info->n_layers * stride;
     if (blocks_at > KVL_CONTAINER_HEADER_BYTES_MAX) {
         return KVL_FAIL(error, KVL_ERR_TOO_LARGE,
-                        "container: header has %" PRIu64 " bytes, at most %u are allowed", blocks_at,
-                        KVL_CONTAINER_HEADER_BYTES_MAX);
+                        "container: header has %" PRIu64 " bytes, at most %u are allowed",
+                        blocks_at, KVL_CONTAINER_HEADER_BYTES_MAX);
     }
     if (n_bytes > KVL_CONTAINER_BYTES_MAX || n_bytes > SIZE_MAX) {
         return KVL_FAIL(error, KVL_ERR_TOO_LARGE,
@@ -203,8 +204,7 @@ void kvl_header_write(const kvl_container_info *info, const kvl_container_layout
 {
     memset(bytes, 0, layout->blocks_at);
     const Kvloom__V1__ContainerHeader message = message_of(info);
-    const size_t packed =
-        kvloom__v1__container_header__pack(&message, bytes + KVL_PREAMBLE_BYTES);
+    const size_t packed = kvloom__v1__container_header__pack(&message, bytes + KVL_PREAMBLE_BYTES);
     KVL_ASSERT(packed == layout->message_bytes);
     write_preamble(layout, bytes);
     for (uint32_t i = 0; i < layout->n_blocks; i++) {

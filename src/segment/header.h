@@ -20,7 +20,8 @@ typedef struct kvl_container_layout {
     uint64_t n_bytes;      /* of the whole container */
 } kvl_container_layout;
 
-/* The unpacked message of proto/kvloom.proto: holds the tokens and extra of a header that was read. */
+/* The unpacked message of proto/kvloom.proto: holds the tokens and extra of a header that was
+ * read. */
 typedef struct Kvloom__V1__ContainerHeader kvl_header_message;
 void kvl_header_message_free(kvl_header_message *message); /* NULL does nothing */
 

@@ -1,8 +1,9 @@
 /* header_read.c: reads what somebody else may have written.
  *
- * Order of checks: the preamble's own checksum first, so that a flipped bit in the version is damage
- * and not a foreign format; then the version; then sizes against limits and against one another;
- * then checksums of what the sizes enclose; only then is the message unpacked and memory taken. */
+ * Order of checks: the preamble's own checksum first, so that a flipped bit in the version is
+ * damage and not a foreign format; then the version; then sizes against limits and against one
+ * another; then checksums of what the sizes enclose; only then is the message unpacked and memory
+ * taken. */
 #include "segment/header.h"
 
 #include "segment/preamble.h"
@@ -58,7 +59,8 @@ static kvl_status unpack(const uint8_t *bytes, uint32_t n_bytes, kvl_header_mess
         return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a header of %u bytes", n_bytes);
     }
     return KVL_FAIL(error, KVL_ERR_DAMAGED,
-                    "container: header message of %u bytes cannot be read; fetch it again", n_bytes);
+                    "container: header message of %u bytes cannot be read; fetch it again",
+                    n_bytes);
 }
 
 static kvl_status check_preamble(const uint8_t *bytes, size_t n_bytes, kvl_error *error)

@@ -4,8 +4,8 @@
  *          transaction counts; it has the roots of two trees, the list of free pages and the main
  *          table, whose nodes hold the roots of named tables.
  * Promise  In what passes, every page number that LMDB can follow lies in the file and is followed
- *          once only (so there are no circles, and no page is both used and free), every node lies in
- *          its page and overlaps no other, keys are in order, and the counts are right. */
+ *          once only (so there are no circles, and no page is both used and free), every node
+ *          lies in its page and overlaps no other, keys are in order, and the counts are right. */
 #include "store/lmdb_check.h"
 
 #include "base/alloc.h"
@@ -128,7 +128,8 @@ static bool count_down(uint64_t *left, uint64_t n)
     return true;
 }
 
-/* Keys ascend through the whole tree, and a separator stands between what is left and right of it. */
+/* Keys ascend through the whole tree, and a separator stands between what is left and right of
+ * it. */
 static bool key_follows(tree *t, const uint8_t *key, size_t n_bytes, bool is_separator)
 {
     int order = 1;
@@ -148,7 +149,8 @@ static bool key_follows(tree *t, const uint8_t *key, size_t n_bytes, bool is_sep
 }
 
 /* A record of the list of free pages: their number, then the numbers, descending. */
-static kvl_status check_free_record(checker *c, uint64_t page, const uint8_t *value, uint64_t n_bytes)
+static kvl_status check_free_record(checker *c, uint64_t page, const uint8_t *value,
+                                    uint64_t n_bytes)
 {
     if (n_bytes < 8 || n_bytes % 8 != 0) return bad(c, page, "a free list has a wrong size");
     const uint64_t n = get_u64(value);
@@ -204,7 +206,8 @@ static kvl_status check_leaf_node(checker *c, tree *t, uint64_t page, const uint
 /* Whether a node lies in its page; `marks` has a bit for two bytes of the page. */
 static bool node_fits(const checker *c, const uint8_t *page, size_t at, uint8_t *marks)
 {
-    if (at % 2 != 0 || at < get_u16(page + AT_UPPER) || at + NODE_HEADER > c->page_bytes) return false;
+    if (at % 2 != 0 || at < get_u16(page + AT_UPPER) || at + NODE_HEADER > c->page_bytes)
+        return false;
     const uint8_t *node = page + at;
     const size_t n_key = get_u16(node + 6);
     size_t n_bytes = NODE_HEADER + n_key;
@@ -220,7 +223,8 @@ static bool node_fits(const checker *c, const uint8_t *page, size_t at, uint8_t 
 }
 
 /* All nodes of a page, before any of them is followed. */
-static kvl_status check_nodes(const checker *c, uint64_t number, const uint8_t *page, size_t *n_keys)
+static kvl_status check_nodes(const checker *c, uint64_t number, const uint8_t *page,
+                              size_t *n_keys)
 {
     uint8_t marks[PAGE_BYTES_MAX / 16];
     memset(marks, 0, c->page_bytes / 16);
@@ -253,7 +257,8 @@ static kvl_status check_branch_node(checker *c, tree *t, uint64_t page, const ui
     return check_page(c, t, child, (uint16_t)(level + 1));
 }
 
-static kvl_status check_leaf(checker *c, tree *t, uint64_t number, const uint8_t *page, size_t n_keys)
+static kvl_status check_leaf(checker *c, tree *t, uint64_t number, const uint8_t *page,
+                             size_t n_keys)
 {
     for (size_t i = 0; i < n_keys; i++) {
         const uint8_t *node = page + get_u16(page + PAGE_HEADER + 2 * i);
@@ -275,7 +280,8 @@ static kvl_status check_page(checker *c, tree *t, uint64_t number, uint16_t leve
     const bool is_leaf = level == t->depth;
     size_t n_keys = 0;
     if (get_u64(page) != number) return bad(c, number, "it has the number of another");
-    if (flags != (is_leaf ? PAGE_LEAF : PAGE_BRANCH)) return bad(c, number, "it is of a wrong kind");
+    if (flags != (is_leaf ? PAGE_LEAF : PAGE_BRANCH))
+        return bad(c, number, "it is of a wrong kind");
     KVL_TRY(check_nodes(c, number, page, &n_keys));
     if (!count_down(is_leaf ? &t->n_leaf : &t->n_branch, 1))
         return bad(c, number, "there are more pages than counted");
@@ -333,7 +339,8 @@ static kvl_status read_metas(checker *c, size_t n_bytes, const uint8_t **picked)
     if (n_bytes < 2 * page_bytes) return bad(c, 1, "it is past the end of the file");
     KVL_TRY(check_meta(c->bytes + page_bytes, page_bytes, c->error));
     const uint8_t *second = c->bytes + page_bytes + PAGE_HEADER;
-    if (get_u32(second + META_AT_TREES) != page_bytes) return bad(c, 1, "the size of pages is wrong");
+    if (get_u32(second + META_AT_TREES) != page_bytes)
+        return bad(c, 1, "the size of pages is wrong");
     enum { AT_LAST_PAGE = META_AT_TREES + 2 * TREE_BYTES, AT_TRANSACTION = AT_LAST_PAGE + 8 };
     *picked = get_u64(first + AT_TRANSACTION) < get_u64(second + AT_TRANSACTION) ? second : first;
     c->page_bytes = page_bytes;
@@ -353,7 +360,8 @@ kvl_status kvl_lmdb_check(const uint8_t *bytes, size_t n_bytes, kvl_error *error
     const uint8_t *meta = NULL;
     KVL_TRY(read_metas(&c, n_bytes, &meta));
     c.is_taken = kvl_alloc_zero((size_t)(c.n_pages / 8 + 1), 1);
-    if (c.is_taken == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "store: no memory to check it");
+    if (c.is_taken == NULL)
+        return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "store: no memory to check it");
     tree main_table = tree_read(meta + META_AT_TREES + TREE_BYTES, TREE_MAIN);
     tree free_list = tree_read(meta + META_AT_TREES, TREE_FREE);
     kvl_status status = check_tree(&c, &main_table);

@@ -33,11 +33,10 @@ const char *kvl_lmdb_remote_filesystem(uint64_t type)
         uint32_t type;
         const char *name;
     } remote[] = {
-        {0x6969, "NFS"},          {0x517b, "SMB"},        {0xfe534d42, "SMB2"},
-        {0xff534d42, "CIFS"},     {0x5346414f, "AFS"},    {0x73757245, "Coda"},
-        {0x00c36400, "Ceph"},     {0x01021997, "9P"},     {0x564c, "NCP"},
-        {0x0bd00bd0, "Lustre"},   {0x47504653, "GPFS"},   {0x01161970, "GFS2"},
-        {0x7461636f, "OCFS2"},    {0x19830326, "BeeGFS"}, {0x6b414653, "kAFS"},
+        {0x6969, "NFS"},       {0x517b, "SMB"},        {0xfe534d42, "SMB2"}, {0xff534d42, "CIFS"},
+        {0x5346414f, "AFS"},   {0x73757245, "Coda"},   {0x00c36400, "Ceph"}, {0x01021997, "9P"},
+        {0x564c, "NCP"},       {0x0bd00bd0, "Lustre"}, {0x47504653, "GPFS"}, {0x01161970, "GFS2"},
+        {0x7461636f, "OCFS2"}, {0x19830326, "BeeGFS"}, {0x6b414653, "kAFS"},
     };
     for (size_t i = 0; i < sizeof remote / sizeof *remote; i++) {
         if ((uint32_t)type == remote[i].type) return remote[i].name;
@@ -62,12 +61,13 @@ kvl_status kvl_lmdb_fail(kvl_error *error, int code, const char *what)
     case EIO: /* LMDB's answer to a write that came out short, which is a full disk as a rule */
     case EDQUOT:
     case EFBIG:
-        return KVL_FAIL(error, KVL_ERR_IO, "lmdb: %s: %s; is the disk full? free space or lower the cap of the store",
+        return KVL_FAIL(error, KVL_ERR_IO,
+                        "lmdb: %s: %s; is the disk full? free space or lower the cap of the store",
                         what, mdb_strerror(code));
     case MDB_MAP_FULL:
-        return KVL_FAIL(error, KVL_ERR_IO,
-                        "lmdb: %s: the map is full though everything old was evicted; raise the cap",
-                        what);
+        return KVL_FAIL(
+            error, KVL_ERR_IO,
+            "lmdb: %s: the map is full though everything old was evicted; raise the cap", what);
     case MDB_PANIC:
         return KVL_FAIL(error, KVL_ERR_IO,
                         "lmdb: %s: an earlier write failed half way; restart this process", what);
@@ -90,7 +90,8 @@ static kvl_status check_options(const kvl_lmdb_tier_options *options, kvl_error 
     if (options->bytes_max == 0 || options->bytes_max > STORE_BYTES_MAX) {
         return KVL_FAIL(error, KVL_ERR_INVALID,
                         "lmdb: bytes_max is %llu, must be 1 .. %llu: no store without a cap",
-                        (unsigned long long)options->bytes_max, (unsigned long long)STORE_BYTES_MAX);
+                        (unsigned long long)options->bytes_max,
+                        (unsigned long long)STORE_BYTES_MAX);
     }
     return KVL_OK;
 }
@@ -117,7 +118,8 @@ static kvl_status lock_directory(const char *path, int *fd, kvl_error *error)
     char name[PATH_MAX];
     KVL_TRY(join(path, "kvloom.lock", name, error));
     *fd = open(name, O_RDWR | O_CREAT | O_CLOEXEC, FILE_MODE);
-    if (*fd < 0) return KVL_FAIL(error, KVL_ERR_IO, "lmdb: cannot open %s: %s", name, strerror(errno));
+    if (*fd < 0)
+        return KVL_FAIL(error, KVL_ERR_IO, "lmdb: cannot open %s: %s", name, strerror(errno));
     if (flock(*fd, LOCK_EX | LOCK_NB) == 0) return KVL_OK;
     const int reason = errno;
     (void)close(*fd);
@@ -237,7 +239,8 @@ static int put_bytes(MDB_txn *txn, MDB_dbi table, const char *name, const void *
 {
     MDB_val key = text_key(name);
     MDB_val old;
-    if (mdb_get(txn, table, &key, &old) == 0 && old.mv_size == n && memcmp(old.mv_data, bytes, n) == 0)
+    if (mdb_get(txn, table, &key, &old) == 0 && old.mv_size == n &&
+        memcmp(old.mv_data, bytes, n) == 0)
         return 0;
     MDB_val value = {n, (void *)(uintptr_t)bytes};
     return mdb_put(txn, table, &key, &value, 0);

@@ -161,8 +161,9 @@ int kvl_lmdb_index_write_uses(kvl_lmdb_index *index, const kvl_lmdb_env *env, MD
 
 static kvl_status not_fitting(kvl_error *error)
 {
-    return KVL_FAIL(error, KVL_ERR_CORRUPT, "lmdb: the table of containers and that of their uses "
-                                            "do not fit one another");
+    return KVL_FAIL(error, KVL_ERR_CORRUPT,
+                    "lmdb: the table of containers and that of their uses "
+                    "do not fit one another");
 }
 
 /* Makes an entry of one record of both tables. The value of the container is not touched: its size

@@ -45,10 +45,11 @@ void kvl_lmdb_index_touch(kvl_lmdb_index *index, const kvl_digest *id);
 uint64_t kvl_lmdb_index_next_use(kvl_lmdb_index *index);
 
 /* Copies ids of the oldest until they sum to n_bytes, at most n_max; returns how many. */
-size_t kvl_lmdb_index_oldest(kvl_lmdb_index *index, uint64_t n_bytes, size_t n_max, kvl_digest *ids);
+size_t kvl_lmdb_index_oldest(kvl_lmdb_index *index, uint64_t n_bytes, size_t n_max,
+                             kvl_digest *ids);
 
-/* Writes back what was touched lately, at most n_max of the newest (0: all); *n_written may be NULL.
- * Returns a code of LMDB. */
+/* Writes back what was used lately: among the newest n_max, at most 64; with 0, all. Returns a
+ * code of LMDB. */
 int kvl_lmdb_index_write_uses(kvl_lmdb_index *index, const kvl_lmdb_env *env, MDB_txn *txn,
                               size_t n_max);
 

@@ -22,8 +22,8 @@
 #include <pthread.h>
 #include <string.h>
 
-/* Of uses written along with a put: enough for what is used between two puts, and no more than a few
- * pages in the transaction. */
+/* Of uses written along with a put: enough for what is used between two puts, and no more than a
+ * few pages in the transaction. */
 enum { USES_ALONG = 64, EVICT_BATCH = 64 };
 
 static const uint64_t VALUE_BYTES_MAX = UINT32_MAX; /* LMDB's own limit */
@@ -35,7 +35,7 @@ typedef struct lmdb_tier {
     kvl_digest fingerprint;
     bool is_durable;
     pthread_mutex_t writer;    /* one transaction that writes at a time */
-    pthread_rwlock_t map_lock; /* readers share it while a transaction is open; resizing has it alone */
+    pthread_rwlock_t map_lock; /* shared by open transactions that read; resizing has it alone */
 } lmdb_tier;
 
 typedef enum counter { HIT, MISS, DAMAGED, FOREIGN } counter;
@@ -62,8 +62,8 @@ static uint64_t bytes_held(lmdb_tier *self)
 static bool grow_map(lmdb_tier *self, bool for_delete)
 {
     (void)pthread_rwlock_wrlock(&self->map_lock);
-    const bool is_larger = for_delete ? kvl_lmdb_env_grow_for_delete(&self->env)
-                                      : kvl_lmdb_env_grow(&self->env);
+    const bool is_larger =
+        for_delete ? kvl_lmdb_env_grow_for_delete(&self->env) : kvl_lmdb_env_grow(&self->env);
     (void)pthread_rwlock_unlock(&self->map_lock);
     return is_larger;
 }
@@ -88,7 +88,8 @@ static kvl_status delete_containers(lmdb_tier *self, size_t n, const kvl_digest 
                                     kvl_error *error)
 {
     int code = delete_once(self, n, ids);
-    /* Deleting writes changed pages to new places, so a map full to the brim needs a little more. */
+    /* Deleting writes changed pages to new places, so a map full to the brim needs a little
+     * more. */
     while (code == MDB_MAP_FULL && (grow_map(self, false) || grow_map(self, true)))
         code = delete_once(self, n, ids);
     if (code != 0) return kvl_lmdb_fail(error, code, "delete");
@@ -142,8 +143,8 @@ static int put_once(lmdb_tier *self, const kvl_lmdb_entry *entry, const void *by
     return code;
 }
 
-/* Changes one number and commits: pages that a transaction freed are free for the one after the next
- * only, so this brings them nearer. */
+/* Changes one number and commits: pages that a transaction freed are free for the one after the
+ * next only, so this brings them nearer. */
 static int pass_a_transaction(lmdb_tier *self, uint64_t number)
 {
     MDB_txn *txn = NULL;
@@ -198,9 +199,9 @@ static kvl_status foreign(lmdb_tier *self, const kvl_digest *theirs, kvl_error *
 {
     char ours[KVL_DIGEST_TEXT_BYTES];
     char other[KVL_DIGEST_TEXT_BYTES];
-    return KVL_FAIL(error, KVL_ERR_FOREIGN,
-                    "lmdb: the container is of model %.16s, this store serves %.16s",
-                    kvl_digest_to_text(theirs, other), kvl_digest_to_text(&self->fingerprint, ours));
+    return KVL_FAIL(
+        error, KVL_ERR_FOREIGN, "lmdb: the container is of model %.16s, this store serves %.16s",
+        kvl_digest_to_text(theirs, other), kvl_digest_to_text(&self->fingerprint, ours));
 }
 
 static kvl_status lmdb_put(kvl_tier *tier, kvl_container *container, kvl_error *error)
@@ -363,7 +364,8 @@ static void write_all_uses(lmdb_tier *self)
     }
     if (code == 0 && !self->is_durable) code = mdb_env_sync(self->env.env, 1);
     if (code != 0)
-        kvl_log(KVL_LOG_WARN, "store_order_not_saved", "tier=lmdb reason=\"%s\"", mdb_strerror(code));
+        kvl_log(KVL_LOG_WARN, "store_order_not_saved", "tier=lmdb reason=\"%s\"",
+                mdb_strerror(code));
 }
 
 static void lmdb_destroy(kvl_tier *tier)

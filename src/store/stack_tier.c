@@ -119,8 +119,8 @@ typedef struct listing {
     void *context;
 } listing;
 
-/* What a slower tier has too is told when that one is listed. Asking a slower tier while a faster one
- * is locked is fine: locks are only ever taken downwards. */
+/* What a slower tier has too is told when that one is listed. Asking a slower tier while a faster
+ * one is locked is fine: locks are only ever taken downwards. */
 static bool visit_once(void *context, const kvl_digest *id, kvl_container_kind kind,
                        uint64_t n_bytes)
 {

@@ -67,17 +67,17 @@ typedef struct kvl_lmdb_tier_options {
 /* A database whose pages are damaged is renamed to data.mdb.damaged, logged, counted once in
  * stats.damaged, and replaced by an empty one: it is a cache, and nothing in it is wrong KV, only
  * missing KV. It is never opened: LMDB trusts its pages.
- * Errors   KVL_ERR_INVALID (options, or the database of another program), KVL_ERR_UNSUPPORTED (a file
- *          system of another machine), KVL_ERR_BUSY (open already, here or in another process),
- *          KVL_ERR_FOREIGN (format version: text names both), KVL_ERR_IO, KVL_ERR_CORRUPT (damaged
- *          and cannot be put aside), KVL_ERR_NO_MEMORY */
+ * Errors   KVL_ERR_INVALID (options, or the database of another program), KVL_ERR_UNSUPPORTED (a
+ *          file system of another machine), KVL_ERR_BUSY (open already, here or in another
+ *          process), KVL_ERR_FOREIGN (format version: text names both), KVL_ERR_IO,
+ *          KVL_ERR_CORRUPT (damaged and cannot be put aside), KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status kvl_lmdb_tier_create(const kvl_lmdb_tier_options *options, kvl_tier **tier,
                                              kvl_error *error);
 
 /* Tiers from fast to slow as one: get asks in order and puts what a slower tier had into the faster
- * ones; put goes to all. The slowest decides what a put answers; where it fails for want of memory or
- * disk, the faster ones keep the container nevertheless. stats: sizes and evictions of the slowest,
- * hits and misses of the stack, the rest summed. Takes the tiers: they end with it.
+ * ones; put goes to all. The slowest decides what a put answers; where it fails for want of
+ * memory or disk, the faster ones keep the container nevertheless. stats: sizes and evictions of
+ * the slowest, hits and misses of the stack, the rest summed. Takes the tiers: they end with it.
  * tiers    [n_tiers], 1 .. 8
  * Errors   KVL_ERR_INVALID, KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status kvl_stack_tier_create(kvl_tier *const *tiers, size_t n_tiers,

@@ -109,7 +109,8 @@ static void test_bf16_rounds_to_nearest_even(void **state)
     assert_int_equal(out, 0x7fc0);
 }
 
-/* Any bits at all: half of them small enough for subnormal float16, infinities and NaN among them. */
+/* Any bits at all: half of them small enough for subnormal float16, infinities and NaN among
+ * them. */
 static float any_float(kvl_random *random)
 {
     const uint32_t bits = (uint32_t)kvl_random_next(random);
@@ -166,9 +167,10 @@ static float largest_of(const float *numbers, size_t n)
     return largest;
 }
 
-/* How far a number may be off after one rounding; `group` is its int8 group. Half a unit in the last
- * place: 2^-11 relative and 2^-25 absolute for float16, 2^-8 for bfloat16. The int8 scale is at most
- * one float16 step above max / 127, and a number at most half a scale off, computed in float. */
+/* How far a number may be off after one rounding; `group` is its int8 group. Half a unit in the
+ * last place: 2^-11 relative and 2^-25 absolute for float16, 2^-8 for bfloat16. The int8 scale is
+ * at most one float16 step above max / 127, and a number at most half a scale off, computed in
+ * float. */
 static double error_bound(kvl_kv_dtype dtype, const float *group, size_t dim, float number)
 {
     switch (dtype) {
@@ -257,13 +259,13 @@ static void test_a_range_of_tokens_is_the_same_as_part_of_all(void **state)
         const kvl_kv_dtype dtype = DTYPES[round % N_DTYPES];
         sample s = sample_make(&random, dtype);
         kvl_segment_encode_block(dtype, s.n_heads, s.n_tokens, s.dim, s.keys, s.values, s.block);
-        kvl_segment_decode_block(dtype, s.n_heads, s.n_tokens, s.dim, s.block, 0, s.n_tokens, s.keys,
-                                 s.values);
+        kvl_segment_decode_block(dtype, s.n_heads, s.n_tokens, s.dim, s.block, 0, s.n_tokens,
+                                 s.keys, s.values);
         const uint32_t first = kvl_test_below(&random, s.n_tokens + 1);
         const uint32_t n = kvl_test_below(&random, s.n_tokens - first + 1);
         const size_t row = (size_t)s.n_heads * s.dim;
-        kvl_segment_decode_block(dtype, s.n_heads, s.n_tokens, s.dim, s.block, first, n, s.keys_back,
-                                 NULL);
+        kvl_segment_decode_block(dtype, s.n_heads, s.n_tokens, s.dim, s.block, first, n,
+                                 s.keys_back, NULL);
         kvl_segment_decode_block(dtype, s.n_heads, s.n_tokens, s.dim, s.block, first, n, NULL,
                                  s.values_back);
         if (n > 0) {
@@ -347,8 +349,7 @@ static void test_int8_of_hostile_numbers(void **state)
             } else if (fabsf(number) > 127.0F * 65504.0F) {
                 assert_true(fabsf(back[i]) == 127.0F * 65504.0F);
             } else {
-                const double scale =
-                    fmin((double)largest / 127 * (1 + 0x1p-10) + 0x1p-24, 65504.0);
+                const double scale = fmin((double)largest / 127 * (1 + 0x1p-10) + 0x1p-24, 65504.0);
                 assert_true(fabs((double)back[i] - (double)number) <= scale * 0.50001);
             }
         }

@@ -1,7 +1,7 @@
 /* segment/container: what is written is read back; what was damaged is never accepted; memory and
  * references balance.
- * Given a file name and a dtype (1 .. 4), writes a container whose numbers follow from a formula, for
- * tests/integration/segment_python_reader.py; with "bench", prints how long buffers take. */
+ * Given a file name and a dtype (1 .. 4), writes a container whose numbers follow from a formula,
+ * for tests/integration/segment_python_reader.py; with "bench", prints how long buffers take. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -218,8 +218,9 @@ static void test_borrowed_bytes_are_released_once(void **state)
     const uint8_t *bytes = kvl_container_bytes(made, &n_bytes);
     int n_released = 0;
     kvl_container *view = NULL;
-    assert_int_equal(kvl_container_borrow(bytes, n_bytes - 1, count_release, &n_released, &view, NULL),
-                     KVL_ERR_DAMAGED);
+    assert_int_equal(
+        kvl_container_borrow(bytes, n_bytes - 1, count_release, &n_released, &view, NULL),
+        KVL_ERR_DAMAGED);
     assert_null(view);
     assert_int_equal(n_released, 0);
     assert_int_equal(kvl_container_borrow(bytes, n_bytes, count_release, &n_released, &view, NULL),
@@ -251,8 +252,7 @@ static void test_any_flipped_bit_is_noticed(void **state)
         memcpy(copy, bytes, n_bytes);
         const size_t n_flips = n_bytes < 6000 ? n_bytes : 6000;
         for (size_t i = 0; i < n_flips; i++) {
-            const size_t at =
-                n_flips == n_bytes ? i : kvl_test_below(&random, (uint32_t)n_bytes);
+            const size_t at = n_flips == n_bytes ? i : kvl_test_below(&random, (uint32_t)n_bytes);
             const uint8_t bit = (uint8_t)(1u << kvl_test_below(&random, 8));
             copy[at] ^= bit;
             kvl_container *read = NULL;
@@ -324,7 +324,8 @@ static void test_other_version_is_foreign(void **state)
     kvl_container_release(made);
 }
 
-/* Numbers of the preamble set to extremes, with a checksum that fits: sizes are still not believed. */
+/* Numbers of the preamble set to extremes, with a checksum that fits: sizes are still not
+ * believed. */
 static void test_hostile_sizes_are_refused(void **state)
 {
     (void)state;
@@ -336,7 +337,8 @@ static void test_hostile_sizes_are_refused(void **state)
         const void *bytes = kvl_container_bytes(made, &n_bytes);
         uint8_t *copy = kvl_alloc(n_bytes);
         memcpy(copy, bytes, n_bytes);
-        const uint32_t extremes[] = {0, 1, 0x7fffffff, 0x80000000, 0xffffffff, 0xffffffc0, 1u << 20};
+        const uint32_t extremes[] = {0,          1,          0x7fffffff, 0x80000000,
+                                     0xffffffff, 0xffffffc0, 1u << 20};
         const size_t at = 12 + 4 * (size_t)kvl_test_below(&random, 11);
         uint32_t value = extremes[kvl_test_below(&random, 7)];
         if (kvl_test_below(&random, 3) == 0) memcpy(&value, copy + at, sizeof value);
@@ -375,8 +377,14 @@ static void test_fields_out_of_range_are_named(void **state)
     (void)state;
     const uint32_t tokens[2] = {1, 2};
     const kvl_container_info good = {
-        .kind = KVL_CONTAINER_SEGMENT, .dtype = KVL_KV_F16, .n_layers = 2, .n_kv_heads = 3,
-        .head_dim = 4, .n_tokens = 2, .tokens = tokens, .block_bytes = 2 * 3 * 4 * 2 * 2,
+        .kind = KVL_CONTAINER_SEGMENT,
+        .dtype = KVL_KV_F16,
+        .n_layers = 2,
+        .n_kv_heads = 3,
+        .head_dim = 4,
+        .n_tokens = 2,
+        .tokens = tokens,
+        .block_bytes = 2 * 3 * 4 * 2 * 2,
     };
     kvl_container_info bad = good;
     bad.kind = (kvl_container_kind)3;
@@ -411,9 +419,15 @@ static void test_the_longest_header_is_taken(void **state)
     uint8_t *extra = kvl_alloc_zero(KVL_CONTAINER_EXTRA_BYTES_MAX, 1);
     for (size_t i = 0; i < KVL_SEGMENT_TOKENS_MAX; i++) tokens[i] = UINT32_MAX;
     const kvl_container_info info = {
-        .kind = KVL_CONTAINER_SEGMENT, .dtype = KVL_KV_INT8, .n_layers = 1, .n_kv_heads = 1,
-        .head_dim = 1, .n_tokens = KVL_SEGMENT_TOKENS_MAX, .tokens = tokens,
-        .block_bytes = 2ull * 3 * KVL_SEGMENT_TOKENS_MAX, .extra = extra,
+        .kind = KVL_CONTAINER_SEGMENT,
+        .dtype = KVL_KV_INT8,
+        .n_layers = 1,
+        .n_kv_heads = 1,
+        .head_dim = 1,
+        .n_tokens = KVL_SEGMENT_TOKENS_MAX,
+        .tokens = tokens,
+        .block_bytes = 2ull * 3 * KVL_SEGMENT_TOKENS_MAX,
+        .extra = extra,
         .n_extra_bytes = KVL_CONTAINER_EXTRA_BYTES_MAX,
     };
     kvl_container *made = NULL;
@@ -476,7 +490,8 @@ static void test_unknown_fields_are_tolerated_in_measure(void **state)
     size_t n_header = 0;
     const uint8_t *header = kvl_container_header(made, &n_header);
     uint8_t *out = kvl_alloc(64 << 10);
-    const uint8_t some[] = {0xf8, 0x01, 0x05, 0xc2, 0x3e, 0x03, 'a', 'b', 'c'}; /* fields 31, 1000 */
+    const uint8_t some[] = {0xf8, 0x01, 0x05, 0xc2, 0x3e,
+                            0x03, 'a',  'b',  'c'}; /* fields 31, 1000 */
     size_t n = with_more_message(header, some, sizeof some, s.info.n_layers, out);
     kvl_container *read = NULL;
     kvl_error error = {.text = ""};
@@ -574,8 +589,12 @@ static void *make_and_end(void *context)
     const uint8_t mark = *(const uint8_t *)context;
     for (int i = 0; i < 40; i++) {
         const kvl_container_info info = {
-            .kind = KVL_CONTAINER_ANCHOR, .dtype = KVL_KV_INT8, .n_layers = 1 + (uint32_t)i % 3,
-            .n_kv_heads = 1, .head_dim = 1, .block_bytes = (1u << 20) + 64,
+            .kind = KVL_CONTAINER_ANCHOR,
+            .dtype = KVL_KV_INT8,
+            .n_layers = 1 + (uint32_t)i % 3,
+            .n_kv_heads = 1,
+            .head_dim = 1,
+            .block_bytes = (1u << 20) + 64,
         };
         kvl_container *container = NULL;
         if (kvl_container_create(&info, &container, NULL) != KVL_OK) return NULL;
@@ -642,17 +661,25 @@ static void test_segment_id(void **state)
     assert_false(kvl_digest_is_zero(&other));
 }
 
-/* The container that the Python reader knows: the number of layer l, token t, head h, dimension d is
- * ((l * 7 + t * 5 + h * 3 + d * 11 + 131 * is_value) % 255 - 127) / 16. */
+/* The container that the Python reader knows: the number of layer l, token t, head h, dimension d
+ * is ((l * 7 + t * 5 + h * 3 + d * 11 + 131 * is_value) % 255 - 127) / 16. */
 static int write_example(const char *path, kvl_kv_dtype dtype)
 {
     enum { LAYERS = 3, HEADS = 2, TOKENS = 5, DIM = 8, N = HEADS * TOKENS * DIM };
     uint32_t tokens[TOKENS];
     for (uint32_t t = 0; t < TOKENS; t++) tokens[t] = t * t * 40000 + 7;
     kvl_container_info info = {
-        .kind = KVL_CONTAINER_SEGMENT, .dtype = dtype, .n_layers = LAYERS, .n_kv_heads = HEADS,
-        .head_dim = DIM, .n_tokens = TOKENS, .tokens = tokens, .pairs = 1,
-        .home_is_canonical = true, .extra = "example", .n_extra_bytes = 7,
+        .kind = KVL_CONTAINER_SEGMENT,
+        .dtype = dtype,
+        .n_layers = LAYERS,
+        .n_kv_heads = HEADS,
+        .head_dim = DIM,
+        .n_tokens = TOKENS,
+        .tokens = tokens,
+        .pairs = 1,
+        .home_is_canonical = true,
+        .extra = "example",
+        .n_extra_bytes = 7,
     };
     for (size_t i = 0; i < KVL_DIGEST_BYTES; i++) {
         info.id.bytes[i] = (uint8_t)i;
@@ -692,8 +719,12 @@ static int bench_copies(uint32_t n_mib)
 {
     enum { LAYERS = 32, ROUNDS = 41 };
     const kvl_container_info info = {
-        .kind = KVL_CONTAINER_ANCHOR, .dtype = KVL_KV_INT8, .n_layers = LAYERS, .n_kv_heads = 1,
-        .head_dim = 1, .block_bytes = ((uint64_t)n_mib << 20) / LAYERS,
+        .kind = KVL_CONTAINER_ANCHOR,
+        .dtype = KVL_KV_INT8,
+        .n_layers = LAYERS,
+        .n_kv_heads = 1,
+        .head_dim = 1,
+        .block_bytes = ((uint64_t)n_mib << 20) / LAYERS,
     };
     kvl_container *made = NULL;
     if (kvl_container_create(&info, &made, NULL) != KVL_OK) return 1;

@@ -1,4 +1,5 @@
-/* store/lmdb: what only a database can do wrong: be damaged, killed, full, foreign, opened twice. */
+/* store/lmdb: what only a database can do wrong: be damaged, killed, full, foreign, opened
+ * twice. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -178,7 +179,8 @@ static void test_everything_is_there_after_reopening(void **state)
     kvl_store_place_end(&place);
 }
 
-static bool note_order(void *context, const kvl_digest *id, kvl_container_kind kind, uint64_t n_bytes)
+static bool note_order(void *context, const kvl_digest *id, kvl_container_kind kind,
+                       uint64_t n_bytes)
 {
     (void)kind;
     (void)n_bytes;
@@ -517,8 +519,8 @@ static void test_a_full_map_grows_then_evicts(void **state)
     kvl_store_place_end(&place);
 }
 
-/* A map that cannot grow: a value of half a page takes a whole one, so the pages of 30 MiB of them do
- * not fit into the map before the cap is reached. */
+/* A map that cannot grow: a value of half a page takes a whole one, so the pages of 30 MiB of
+ * them do not fit into the map before the cap is reached. */
 static void test_a_map_at_its_limit_evicts(void **state)
 {
     (void)state;

@@ -105,7 +105,7 @@ static inline bool kvl_store_sample_is(const kvl_container *container, uint32_t 
     return true;
 }
 
-#define kvl_store_sample_check(container, number)                                                 \
+#define kvl_store_sample_check(container, number)                                                  \
     assert_true(kvl_store_sample_is((container), (number)))
 
 static inline int kvl_store_compare(const void *a, const void *b)

@@ -443,9 +443,9 @@ static int bench(void)
             kvl_tier *tier = NULL;
             const kvl_lmdb_tier_options options = {place.path, (uint64_t)4 << 30,
                                                    kvl_store_fingerprint(), durable == 1};
-            const kvl_status status =
-                durable ? kvl_lmdb_tier_create(&options, &tier, NULL)
-                        : tier_make(kind, place.path, (uint64_t)4 << 30, &tier);
+            const kvl_status status = durable
+                                          ? kvl_lmdb_tier_create(&options, &tier, NULL)
+                                          : tier_make(kind, place.path, (uint64_t)4 << 30, &tier);
             if (status != KVL_OK) return 1;
             int64_t put_ns[ROUNDS], get_ns[ROUNDS];
             for (uint32_t i = 0; i < ROUNDS; i++) {
