@@ -47,8 +47,11 @@
 
 #define KVL_TICK_NS (10 * KVL_NS_PER_MS)
 #define KVL_PING_NS (200 * KVL_NS_PER_MS)
-#define KVL_PEER_SILENCE_NS (1000 * KVL_NS_PER_MS)
-#define KVL_CLIENT_SILENCE_NS (5000 * KVL_NS_PER_MS)
+/* A process that dies is noticed by its connection, within milliseconds. Silence only finds one that
+ * hangs, and must not mistake one for it that is short of processor time: with 1 s, that happened on
+ * two cores with a load of 12. */
+#define KVL_PEER_SILENCE_NS (3000 * KVL_NS_PER_MS)
+#define KVL_CLIENT_SILENCE_NS (10000 * KVL_NS_PER_MS)
 #define KVL_HELLO_RETRY_NS (100 * KVL_NS_PER_MS)
 #define KVL_CONNECT_GRACE_NS (500 * KVL_NS_PER_MS)
 #define KVL_TASK_POLL_NS (1000 * KVL_NS_PER_MS)
