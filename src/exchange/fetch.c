@@ -376,10 +376,6 @@ void kvl_fetch_block(kvl_protocol *p, uint32_t peer, const kvl_message *message,
     }
     const uint64_t charge =
         frame->n_bytes > KVL_PIECE_CHARGE_MIN ? frame->n_bytes : KVL_PIECE_CHARGE_MIN;
-    if (charge > op->granted - op->charged) {
-        refuse_holder(p, op, "BLOCK exceeds the credit", now_ns);
-        return;
-    }
     memcpy(block + op->offset, frame->bytes, frame->n_bytes);
     op->offset += frame->n_bytes;
     op->charged += charge;

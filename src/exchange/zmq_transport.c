@@ -166,8 +166,8 @@ static void *open_socket(kvl_transport *t, int type)
     void *socket = zmq_socket(t->zmq, type);
     if (socket == NULL) return NULL;
     set_int(socket, ZMQ_LINGER, KVL_LINGER_MS);
-    set_int(socket, ZMQ_SNDHWM, KVL_QUEUE_MESSAGES_MAX);
-    set_int(socket, ZMQ_RCVHWM, KVL_QUEUE_MESSAGES_MAX);
+    set_int(socket, ZMQ_SNDHWM, KVL_SEND_QUEUE_MESSAGES_MAX);
+    set_int(socket, ZMQ_RCVHWM, KVL_RECEIVE_QUEUE_MESSAGES_MAX);
     const int64_t bytes_max = KVL_FRAME_BYTES_MAX;
     KVL_ASSERT(zmq_setsockopt(socket, ZMQ_MAXMSGSIZE, &bytes_max, sizeof bytes_max) == 0);
     set_int(socket, ZMQ_HANDSHAKE_IVL, HANDSHAKE_MS);
@@ -486,7 +486,7 @@ static void drain_monitor(kvl_transport *t, uint32_t peer, const kvl_transport_e
             events->connected(events->context, peer);
         } else if (what == ZMQ_EVENT_DISCONNECTED) {
             /* Its last words first: they may complete a request. */
-            drain_dealer(t, peer, KVL_QUEUE_MESSAGES_MAX, events);
+            drain_dealer(t, peer, KVL_RECEIVE_QUEUE_MESSAGES_MAX, events);
             events->disconnected(events->context, peer);
         }
     }

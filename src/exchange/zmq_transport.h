@@ -11,8 +11,10 @@
 
 /* Frames below this are copied: keeping a reference costs more. */
 #define KVL_ZERO_COPY_BYTES_MIN ((size_t)16 << 10)
-/* Messages that may wait in a link's queue; a window of the smallest pieces fits (protocol.h). */
-#define KVL_QUEUE_MESSAGES_MAX 2048
+/* Messages that may wait in a link's queue to be sent; a window of the smallest pieces fits
+ * (protocol.h). Those that wait to be read are fewer: the rest stays with the sender. */
+#define KVL_SEND_QUEUE_MESSAGES_MAX 2048
+#define KVL_RECEIVE_QUEUE_MESSAGES_MAX 64
 /* Messages of one socket that are taken before the others get their turn. */
 #define KVL_MESSAGES_PER_TURN 64
 /* What is still in the queues when the transport closes gets this long to leave. */
