@@ -26,8 +26,13 @@
 #define KVL_VARIANT_EXPAND(name, variant) KVL_VARIANT_PASTE(name, variant)
 #define KVL_VARIANT_NAME(name) KVL_VARIANT_EXPAND(name, KVL_VARIANT)
 
-/* For helpers that must vanish into their caller, so that constant arguments unroll loops. */
+/* For helpers that must vanish into their caller, so that constant arguments unroll loops. With a
+ * sanitizer in every copy that takes compilers minutes, and speed is not the point then. */
+#if defined(__SANITIZE_ADDRESS__)
+#define KVL_INLINE static inline __attribute__((unused))
+#else
 #define KVL_INLINE static inline __attribute__((always_inline, unused))
+#endif
 
 /* kvl_vec allows + - * / and unary minus between vectors, and v[lane] for reading. */
 #if defined(KVL_VARIANT_avx512)
