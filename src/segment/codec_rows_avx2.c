@@ -3,11 +3,16 @@
 
 #if defined(__x86_64__)
 
+#include <cpuid.h>
 #include <immintrin.h>
+#include <pthread.h>
 
 #define AVX2 __attribute__((target("avx2,f16c")))
 
 enum { LANES = 8 };
+
+static pthread_once_t detected = PTHREAD_ONCE_INIT;
+static bool is_usable;
 
 AVX2 static void f16_from_f32(size_t n, const float *in, uint16_t *out)
 {
@@ -127,13 +132,27 @@ AVX2 static void f32_from_int8(size_t n, const int8_t *in, float scale, float *o
     kvl_codec_rows_portable()->f32_from_int8(n - i, in + i, scale, out + i);
 }
 
+/* Not every compiler's __builtin_cpu_supports knows F16C by name. */
+static bool has_f16c(void)
+{
+    unsigned eax, ebx, ecx = 0, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+
+static void detect(void)
+{
+    is_usable = __builtin_cpu_supports("avx2") && has_f16c();
+}
+
 const kvl_codec_rows *kvl_codec_rows_avx2(void)
 {
     static const kvl_codec_rows rows = {
         f16_from_f32,  f32_from_f16,  bf16_from_f32, f32_from_bf16,
         magnitude_max, int8_from_f32, f32_from_int8,
     };
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") ? &rows : NULL;
+    /* cpuid leaves a virtual machine and takes a microsecond there, so it is asked once. */
+    (void)pthread_once(&detected, detect);
+    return is_usable ? &rows : NULL;
 }
 
 #else
