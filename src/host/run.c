@@ -2,7 +2,8 @@
  *
  * MODE_FULL prefills everything and keeps the answer's distributions as the reference. MODE_REUSE
  * resolves, plans, fills, decodes and publishes; then, outside the time to first token, compares
- * with the reference and measures anchors where none covered a slot. */
+ * with the reference and measures anchors where none covered a slot. MODE_PLAN stops before the work
+ * begins. */
 #include "base/alloc.h"
 #include "base/log.h"
 #include "host/decode.h"
@@ -20,7 +21,7 @@ static bool anchors_may_cover(const run *r)
         const run_part *part = &r->parts[p];
         const kvl_anchor_slot slot = {r->template_id, part->slot};
         if (part->is_slot && part->n_tokens > 0 &&
-            kvl_anchor_pool_n_anchors(r->host->anchors, &slot) < n_least)
+            kvl_anchor_pool_n_anchors(r->host->anchors, &slot, part->n_tokens) < n_least)
             return false;
     }
     return true;
@@ -152,6 +153,8 @@ static void fill_part(const run *r, const run_part *part, Kvloom__V1__PartReport
     report->computed = part->n_tokens - part->step.n_shared - n_reused;
     report->fetched_bytes = part->fetched_bytes;
     report->from = (char *)(uintptr_t)part->from;
+    report->cost_ms = part->step.cost_ms;
+    report->compute_ms = part->step.compute_ms;
     report->n_anchors = part->match.n_anchors;
     report->distance = part->match.distance;
     report->reason = (char *)(uintptr_t)(part->is_missing ? "its segment was not to be had: computed"
@@ -299,10 +302,23 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
     return KVL_OK;
 }
 
+/* What run_reuse would do: nothing is computed, so the reply has no answer. */
+static kvl_status run_explain(run *r, kvl_error *error)
+{
+    KVL_TRY(kvl_session_begin(r->session, r->ids, (uint32_t)r->n_ids, 0, true, r->salt,
+                              &r->n_shared, error));
+    if (r->task->quality != KVLOOM__V1__QUALITY__QUALITY_EXACT) KVL_TRY(run_resolve(r, false, error));
+    KVL_TRY(run_plan(r, error));
+    r->first_token_ns = r->start_ns;
+    r->end_ns = kvl_clock_now(r->host->clock);
+    return KVL_OK;
+}
+
 kvl_status host_run_task(kvl_host *host, const Kvloom__V1__RunTask *task,
                          Kvloom__V1__RunReply *reply, kvl_error *error)
 {
-    if (task->max_tokens == 0 || task->max_tokens > host->engine->n_positions)
+    const bool is_plan = task->mode == KVLOOM__V1__MODE__MODE_PLAN;
+    if (!is_plan && (task->max_tokens == 0 || task->max_tokens > host->engine->n_positions))
         return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "max_tokens is %u; it must be 1 to %u",
                         task->max_tokens, host->engine->n_positions);
     run *r = kvl_alloc_zero(1, sizeof *r);
@@ -312,7 +328,7 @@ kvl_status host_run_task(kvl_host *host, const Kvloom__V1__RunTask *task,
         status = run_full(r, error);
         if (status == KVL_OK) status = copy_answer(r, reply, error);
     } else if (status == KVL_OK) {
-        status = run_reuse(r, reply, error);
+        status = is_plan ? run_explain(r, error) : run_reuse(r, reply, error);
     }
     if (status == KVL_OK) status = fill_reply(r, reply, error);
     if (status != KVL_OK)

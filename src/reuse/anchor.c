@@ -22,6 +22,7 @@ kvl_anchor_options kvl_anchor_default_options(void)
         .temperature = 1.0F,
         .distance_max = 1.5F,
         .n_anchors_min = 2,
+        .coverage_min = 0.5F,
         .dtype = KVL_KV_INT8,
         .threads = NULL,
     };
@@ -51,6 +52,10 @@ static kvl_status check_options(const kvl_anchor_options *o, kvl_error *error)
     if (!(o->entropy_share >= 0.0F && o->entropy_share <= 1.0F)) {
         return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "entropy_share is %g, must be 0 to 1",
                         (double)o->entropy_share);
+    }
+    if (!(o->coverage_min >= KVL_ANCHOR_COVERAGE_LEAST && o->coverage_min <= 1.0F)) {
+        return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "coverage_min is %g, must be %g to 1",
+                        (double)o->coverage_min, (double)KVL_ANCHOR_COVERAGE_LEAST);
     }
     if (!(o->distance_max >= 0.0F)) {
         return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "distance_max is %g, must be 0 or more",
@@ -132,7 +137,9 @@ static kvl_status reserve_for(kvl_anchor_pool *pool, const kvl_anchor_layout *la
 {
     /* Bounded: at most 64 * 2 * 2^17 and threads * 64 * 2^12 * 256 by the checks of the layout. */
     const size_t n_most = pool->options.n_anchors_max;
-    KVL_TRY(reserve(2 * n_most * layout->n_tokens, &pool->per_token, &pool->n_per_token, error));
+    /* The longest text that this anchor is long enough for. */
+    const size_t n_tokens = (size_t)((float)layout->n_tokens / pool->options.coverage_min) + 1;
+    KVL_TRY(reserve(2 * n_most * n_tokens, &pool->per_token, &pool->n_per_token, error));
     if (pool->options.mode != KVL_ANCHOR_PAPER) return KVL_OK;
     const size_t width = (size_t)layout->n_kv_heads * layout->head_dim;
     return reserve(kvl_anchor_n_threads(pool) * n_most * width, &pool->per_channel,
@@ -416,9 +423,13 @@ void kvl_anchor_pool_stats(const kvl_anchor_pool *pool, kvl_anchor_stats *stats)
         .n_anchors = pool->n, .bytes = pool->bytes, .evictions = pool->evictions};
 }
 
-uint32_t kvl_anchor_pool_n_anchors(const kvl_anchor_pool *pool, const kvl_anchor_slot *slot)
+uint32_t kvl_anchor_pool_n_anchors(const kvl_anchor_pool *pool, const kvl_anchor_slot *slot,
+                                   uint32_t n_tokens)
 {
     uint32_t n = 0;
-    for (uint32_t i = 0; i < pool->n; i++) n += kvl_anchor_is_of(pool->anchors[i], slot);
+    for (uint32_t i = 0; i < pool->n; i++) {
+        n += kvl_anchor_is_of(pool->anchors[i], slot) &&
+             kvl_anchor_is_long_enough(pool, pool->anchors[i], n_tokens);
+    }
     return n;
 }

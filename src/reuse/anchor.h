@@ -15,6 +15,7 @@
 
 #define KVL_ANCHORS_PER_SLOT_MAX 64u
 #define KVL_ANCHOR_POOL_ANCHORS_MAX 4096u
+#define KVL_ANCHOR_COVERAGE_LEAST 0.1F
 
 typedef enum kvl_anchor_mode { KVL_ANCHOR_SCALE_FREE, KVL_ANCHOR_PAPER } kvl_anchor_mode;
 
@@ -35,6 +36,9 @@ typedef struct kvl_anchor_options {
     float temperature;      /* tau of the softmax; 1 */
     float distance_max;     /* absolute gate of the scale-free mode */
     uint32_t n_anchors_min; /* below this many that are long enough: no reuse; 2 */
+    float coverage_min;     /* scale-free mode: an anchor with this share of the request's tokens is
+                               long enough; tokens past its end are corrected by longer anchors
+                               only, or stay as they are. 1 is the paper's rule; 0.5 */
     kvl_kv_dtype dtype;     /* of stored offsets: int8, or f32 for exact tests */
     kvl_pool *threads;      /* shares out layers and tokens; borrowed until the anchor pool is
                                destroyed; NULL: the calling thread does all */
@@ -100,8 +104,9 @@ typedef struct kvl_anchor_match {
     float entropy_share; /* of log2 n */
 } kvl_anchor_match;
 
-/* Anchors of one slot, of whatever length. */
-uint32_t kvl_anchor_pool_n_anchors(const kvl_anchor_pool *pool, const kvl_anchor_slot *slot);
+/* Anchors of one slot that are long enough for a text of n_tokens. */
+uint32_t kvl_anchor_pool_n_anchors(const kvl_anchor_pool *pool, const kvl_anchor_slot *slot,
+                                   uint32_t n_tokens);
 
 /* Decides for one slot whether KV at home can be corrected.
  * Cost     reads the values of the base and of every anchor of the slot in one of four layers (in

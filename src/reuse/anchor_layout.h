@@ -29,9 +29,10 @@
 /* KV larger than this is no KV: keeps every sum of squares finite. */
 #define KVL_ANCHOR_MAGNITUDE_MAX 0x1p20F
 
-/* The default mode compares values in every fourth layer, 1, 5, 9 and so on. Values of neighbouring
- * layers say nearly the same about a token, so that the rest costs traffic and adds little; layer 0
- * is left out since it knows the token but not its context. */
+/* The default mode compares values in every fourth layer, 2, 6, 10 and so on. Measured on
+ * SmolLM2-135M over 22 texts of 160 tokens: distances a token correlate 0.96 with those over all
+ * layers, and weights at temperature 1 differ by 0.02 in sum; single layers correlate below 0.5, and
+ * sets with the last layer are worse (0.93 from layer 1). */
 #define KVL_ANCHOR_DISTANCE_STRIDE 4u
 
 typedef enum kvl_anchor_section {
@@ -62,7 +63,8 @@ typedef struct kvl_anchor_layout {
 /* First layer kept for distances at a stride: base layer i is first + i * stride. */
 static inline uint32_t kvl_anchor_first_layer(uint32_t n_layers, uint32_t stride)
 {
-    return stride == 1 || n_layers == 1 ? 0 : 1;
+    if (stride == 1) return 0;
+    return n_layers > 2 ? 2 : n_layers - 1;
 }
 
 /* Fills what follows. False where a size is 0 or too large, or overflows. */

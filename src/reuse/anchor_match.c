@@ -38,7 +38,7 @@ static size_t row_at(const kvl_kv_view *view, uint32_t layer, size_t token)
     return ((size_t)layer * view->n_tokens + token) * row_width(view);
 }
 
-/* Anchors of the slot that are long enough; a shorter one knows nothing about the last tokens. */
+/* Anchors of the slot that are long enough. */
 static void gather(kvl_anchor_pool *pool, const kvl_anchor_slot *slot, const kvl_digest *base_id,
                    const kvl_kv_view *base, anchor_party *party)
 {
@@ -48,7 +48,8 @@ static void gather(kvl_anchor_pool *pool, const kvl_anchor_slot *slot, const kvl
         const kvl_anchor_layout *layout = &anchor->layout;
         if (!kvl_anchor_is_of(anchor, slot)) continue;
         if (layout->n_layers != base->n_layers || layout->n_kv_heads != base->n_kv_heads ||
-            layout->head_dim != base->head_dim || layout->n_tokens < base->n_tokens) {
+            layout->head_dim != base->head_dim ||
+            !kvl_anchor_is_long_enough(pool, anchor, base->n_tokens)) {
             continue;
         }
         KVL_ASSERT(party->n < KVL_ANCHORS_PER_SLOT_MAX);
@@ -151,6 +152,10 @@ static void distance_tile(void *context, size_t tile, size_t thread)
     for (uint32_t a = 0; a < job->party->n; a++) {
         float *out = job->out + (size_t)a * base->n_tokens;
         for (size_t t = first; t < past; t++) {
+            if (t >= job->party->anchors[a]->layout.n_tokens) {
+                out[t] = INFINITY; /* the anchor says nothing about this token: weight 0 */
+                continue;
+            }
             const float sum = distance_sum(job, job->party->anchors[a], t);
             switch (job->kind) {
             case DISTANCE_RELATIVE: out[t] = sqrtf(sum) / (norms[t - first] + FLT_MIN); break;
@@ -176,10 +181,11 @@ static void summarise(const anchor_party *party, const float *per_token, double 
 {
     const size_t n_tokens = party->base->n_tokens;
     for (uint32_t a = 0; a < party->n; a++) {
+        const size_t n_known = party->anchors[a]->layout.n_tokens;
+        const size_t n = n_known < n_tokens ? n_known : n_tokens;
         double sum = 0.0;
-        for (size_t t = 0; t < n_tokens; t++) sum += (double)per_token[a * n_tokens + t];
-        distances[a] =
-            party->pool->options.mode == KVL_ANCHOR_PAPER ? sqrt(sum) : sum / (double)n_tokens;
+        for (size_t t = 0; t < n; t++) sum += (double)per_token[a * n_tokens + t];
+        distances[a] = party->pool->options.mode == KVL_ANCHOR_PAPER ? sqrt(sum) : sum / (double)n;
     }
 }
 
@@ -197,12 +203,17 @@ static void softmax(uint32_t n, const double *distances, double temperature, dou
     for (uint32_t a = 0; a < n; a++) weights[a] /= sum;
 }
 
-/* The same for `width` columns at once: distances [n][stride], replaced by weights. */
+/* The same for `width` columns at once: distances [n][stride], replaced by weights, which are all 0
+ * in a column that no anchor knows. */
 static void softmax_columns(uint32_t n, size_t width, size_t stride, float temperature, float *d)
 {
     for (size_t i = 0; i < width; i++) {
         float nearest = d[i];
         for (uint32_t a = 1; a < n; a++) nearest = fminf(nearest, d[a * stride + i]);
+        if (nearest == INFINITY) {
+            for (uint32_t a = 0; a < n; a++) d[a * stride + i] = 0.0F;
+            continue;
+        }
         float sum = 0.0F;
         for (uint32_t a = 0; a < n; a++) {
             d[a * stride + i] = expf((nearest - d[a * stride + i]) / temperature);
@@ -318,8 +329,11 @@ static void add_section(const anchor_party *party, uint32_t layer, kvl_anchor_se
     kvl_anchor_rows of[KVL_ANCHORS_PER_SLOT_MAX];
     for (uint32_t a = 0; a < party->n; a++) of[a] = section_rows(party->anchors[a], layer, section);
     for (size_t first = 0; first < n_rows; first += TILE_TOKENS) {
-        const size_t n = n_rows - first < TILE_TOKENS ? n_rows - first : TILE_TOKENS;
         for (uint32_t a = 0; a < party->n; a++) {
+            const size_t n_known = party->anchors[a]->layout.n_tokens;
+            const size_t n_left = (n_known < n_rows ? n_known : n_rows) - first;
+            if (n_known <= first) continue;
+            const size_t n = n_left < TILE_TOKENS ? n_left : TILE_TOKENS;
             const kvl_anchor_rows tile =
                 kvl_anchor_rows_from(&of[a], first, base->n_kv_heads, base->head_dim);
             kvl_anchor_add(party->pool->kernels, &tile, (uint32_t)n, base->n_kv_heads,

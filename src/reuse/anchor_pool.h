@@ -33,6 +33,15 @@ static inline bool kvl_anchor_is_of(const kvl_anchor *anchor, const kvl_anchor_s
            kvl_digest_equal(&anchor->extra.slot.template_id, &slot->template_id);
 }
 
+/* An anchor need not reach the end of a longer text (not so in the paper). */
+static inline bool kvl_anchor_is_long_enough(const kvl_anchor_pool *pool, const kvl_anchor *anchor,
+                                             uint32_t n_tokens)
+{
+    const float share =
+        pool->options.mode == KVL_ANCHOR_PAPER ? 1.0F : pool->options.coverage_min;
+    return (float)anchor->layout.n_tokens >= share * (float)n_tokens;
+}
+
 /* Runs task for every item, over the pool's threads if it has any. */
 void kvl_anchor_run(const kvl_anchor_pool *pool, kvl_pool_task *task, void *context,
                     size_t n_items);

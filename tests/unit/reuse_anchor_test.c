@@ -277,7 +277,8 @@ static void test_length_rules(void **state)
     for (int round = 0; round < ROUNDS; round++) {
         scene s = scene_random(&random, 3);
         const uint32_t n_tokens = s.request.base.view.n_tokens;
-        const kvl_anchor_options options = exact_options();
+        kvl_anchor_options options = exact_options();
+        options.coverage_min = 1.0F;
         kvl_anchor_pool *pool = measured(&options, &s);
         corrected before = correct(pool, &s.request);
         if (n_tokens > 1) {
@@ -304,6 +305,40 @@ static void test_length_rules(void **state)
         corrected_free(&same);
         kvl_anchor_pool_destroy(pool);
         kvl_anchor_pool_destroy(changed);
+        scene_free(&s);
+    }
+}
+
+/* With less coverage asked for, a shorter anchor corrects the tokens that it has; those that no
+ * anchor has stay as they are, bit for bit, and those before do not notice. */
+static void test_shorter_anchors_correct_what_they_cover(void **state)
+{
+    (void)state;
+    kvl_random random = kvl_test_random();
+    for (int round = 0; round < ROUNDS; round++) {
+        scene s = scene_random(&random, 1);
+        const uint32_t n_tokens = s.request.base.view.n_tokens;
+        const uint32_t n_covered = 1 + kvl_test_below(&random, n_tokens);
+        kvl_anchor_options options = exact_options();
+        options.coverage_min = KVL_ANCHOR_COVERAGE_LEAST;
+        if ((float)n_covered >= KVL_ANCHOR_COVERAGE_LEAST * (float)n_tokens) {
+            kvl_anchor_pool *pool = pool_of(&options);
+            example shorter = example_random(&random, 77, &s.shape, n_covered, &s.after_base);
+            example_measure(pool, &shorter);
+            assert_int_equal(match_of(pool, &s.request).verdict, KVL_ANCHOR_SHARE);
+            corrected out = correct(pool, &s.request);
+            uint32_t n_changed = 0;
+            for (size_t i = 0; i < s.request.base.n; i++) {
+                const bool is_covered = i / kv_row(&s.shape) % n_tokens < n_covered;
+                const bool changed = out.slot.values[i] != s.request.base.values[i];
+                assert_true(is_covered || !changed);
+                n_changed += changed;
+            }
+            assert_true(s.shape.n_layers == 1 || n_changed > 0);
+            corrected_free(&out);
+            example_free(&shorter);
+            kvl_anchor_pool_destroy(pool);
+        }
         scene_free(&s);
     }
 }
@@ -392,7 +427,8 @@ static void test_distance_gate(void **state)
         example broken = s.request;
         broken.base = kv_copy(&s.request.base);
         /* One number, in the last layer that the distance looks at. */
-        const uint32_t l = s.shape.n_layers == 1 ? 0 : (s.shape.n_layers - 2) / 4 * 4 + 1;
+        const uint32_t n = s.shape.n_layers;
+        const uint32_t l = n > 2 ? (n - 3) / 4 * 4 + 2 : n - 1;
         broken.base.values[l * broken.base.view.n_tokens * kv_row(&s.shape)] = NAN;
         assert_int_equal(match_of(pool, &broken).verdict, KVL_ANCHOR_TOO_FAR);
         kv_free(&broken.base);
@@ -529,7 +565,8 @@ static void soften(double *d, uint32_t n, double temperature)
 static double relative(const scene *s, size_t t, const example *anchor)
 {
     double above = 0.0, below = 0.0;
-    for (size_t l = s->shape.n_layers == 1 ? 0 : 1; l < s->shape.n_layers; l += 4) {
+    for (size_t l = s->shape.n_layers > 2 ? 2 : s->shape.n_layers - 1; l < s->shape.n_layers;
+         l += 4) {
         for (size_t i = 0; i < kv_row(&s->shape); i++) {
             const double v = number(s->request.base.values, &s->request.base.view, l, t, i);
             const double w = number(anchor->base.values, &anchor->base.view, l, t, i);
@@ -739,6 +776,7 @@ int main(void)
         cmocka_unit_test(test_order_does_not_matter),
         cmocka_unit_test(test_result_is_a_convex_combination),
         cmocka_unit_test(test_length_rules),
+        cmocka_unit_test(test_shorter_anchors_correct_what_they_cover),
         cmocka_unit_test(test_entropy_gate),
         cmocka_unit_test(test_far_anchor_weighs_nothing),
         cmocka_unit_test(test_distance_gate),

@@ -1,0 +1,180 @@
+/* cli/cmd_explain.c: `kvloom explain`: asks a running host how it would have each part of a prompt. */
+#include "base/alloc.h"
+#include "cli/cli.h"
+#include "exchange/exchange.h"
+#include "host.pb-c.h"
+
+#include <argp.h>
+#include <jansson.h>
+#include <string.h>
+#include <time.h>
+
+enum { MESSAGES_MAX = 31, PARTS_MAX = 2 * MESSAGES_MAX + 1, CONNECT_TIMEOUT_S = 5,
+       CALL_TIMEOUT_S = 60, OPTION_WORKFLOW = 256 };
+
+typedef struct arguments {
+    kvl_exchange_peer host;
+    const char *messages, *workflow;
+} arguments;
+
+static const struct argp_option options[] = {
+    {"host", 'H', "NAME=ENDPOINT", 0, "The host to ask, as `kvloom serve` was started", 0},
+    {"messages", 'M', "FILE", 0, "Messages as JSON: [{\"role\": ..., \"content\": ...}, ...]", 0},
+    {"workflow", OPTION_WORKFLOW, "NAME", 0, "Whose anchors to use (explain)", 0},
+    {0},
+};
+
+static error_t parse(int key, char *text, struct argp_state *state)
+{
+    arguments *wanted = state->input;
+    switch (key) {
+    case 'H': {
+        char *separator = strchr(text, '=');
+        if (separator == NULL) argp_error(state, "--host is '%s'; it must be NAME=ENDPOINT", text);
+        if (separator == NULL) return EINVAL;
+        *separator = '\0';
+        wanted->host = (kvl_exchange_peer){text, separator + 1};
+        return 0;
+    }
+    case 'M': wanted->messages = text; return 0;
+    case OPTION_WORKFLOW: wanted->workflow = text; return 0;
+    case ARGP_KEY_END:
+        if (wanted->host.name == NULL || wanted->messages == NULL)
+            argp_error(state, "--host and --messages are needed");
+        return 0;
+    default: return ARGP_ERR_UNKNOWN;
+    }
+}
+
+/* A prompt of messages: each content is a slot of its own, the turns around it are template text. */
+typedef struct prompt {
+    Kvloom__V1__PromptPart parts[PARTS_MAX];
+    Kvloom__V1__PromptPart *pointers[PARTS_MAX];
+    char names[MESSAGES_MAX][24];
+    char turns[MESSAGES_MAX + 1][96];
+    size_t n;
+} prompt;
+
+static void add_part(prompt *made, char *slot, const char *text, size_t n_bytes)
+{
+    Kvloom__V1__PromptPart *part = &made->parts[made->n];
+    kvloom__v1__prompt_part__init(part);
+    if (slot != NULL) part->slot = slot;
+    part->text = (ProtobufCBinaryData){n_bytes, (uint8_t *)(uintptr_t)text};
+    made->pointers[made->n++] = part;
+}
+
+static kvl_status build_prompt(const json_t *list, prompt *made, kvl_error *error)
+{
+    const size_t n = json_array_size(list);
+    if (n == 0 || n > MESSAGES_MAX)
+        return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "1 to %d messages are needed, not %zu",
+                        MESSAGES_MAX, n);
+    for (size_t i = 0; i < n; i++) {
+        const json_t *message = json_array_get(list, i);
+        const char *role = json_string_value(json_object_get(message, "role"));
+        const json_t *content = json_object_get(message, "content");
+        if (role == NULL || strlen(role) > 32 || !json_is_string(content))
+            return KVL_FAIL(error, KVL_ERR_MALFORMED,
+                            "message %zu needs a role and a content, both texts", i);
+        (void)snprintf(made->turns[i], sizeof made->turns[i], "%s<|im_start|>%s\n",
+                       i == 0 ? "" : "<|im_end|>\n", role);
+        (void)snprintf(made->names[i], sizeof made->names[i], "message_%zu", i + 1);
+        add_part(made, NULL, made->turns[i], strlen(made->turns[i]));
+        add_part(made, made->names[i], json_string_value(content), json_string_length(content));
+    }
+    (void)snprintf(made->turns[n], sizeof made->turns[n], "<|im_end|>\n<|im_start|>assistant\n");
+    add_part(made, NULL, made->turns[n], strlen(made->turns[n]));
+    return KVL_OK;
+}
+
+static kvl_status ask(const arguments *wanted, const prompt *made, Kvloom__V1__HostReply **reply,
+                      kvl_error *error)
+{
+    const kvl_clock *clock = kvl_clock_system();
+    const kvl_exchange_options about = {
+        .name = "explain", .peers = &wanted->host, .n_peers = 1, .clock = clock};
+    Kvloom__V1__RunTask run = KVLOOM__V1__RUN_TASK__INIT;
+    Kvloom__V1__HostTask task = KVLOOM__V1__HOST_TASK__INIT;
+    run.workflow = (char *)(uintptr_t)wanted->workflow;
+    run.template_name = (char *)(uintptr_t) "messages";
+    run.mode = KVLOOM__V1__MODE__MODE_PLAN;
+    run.n_parts = made->n;
+    run.parts = (Kvloom__V1__PromptPart **)(uintptr_t)made->pointers;
+    task.what_case = KVLOOM__V1__HOST_TASK__WHAT_RUN;
+    task.run = &run;
+    kvl_exchange *exchange = NULL;
+    KVL_TRY(kvl_exchange_start(&about, &exchange, error));
+    const int64_t start = kvl_clock_now(clock);
+    while (!kvl_exchange_peer_is_up(exchange, wanted->host.name) &&
+           kvl_clock_now(clock) < start + CONNECT_TIMEOUT_S * KVL_NS_PER_S) {
+        const struct timespec pause = {0, 5 * KVL_NS_PER_MS};
+        (void)nanosleep(&pause, NULL);
+    }
+    const size_t n_bytes = kvloom__v1__host_task__get_packed_size(&task);
+    uint8_t *body = kvl_alloc(n_bytes);
+    void *answer = NULL;
+    size_t n_answer = 0;
+    kvl_status status = KVL_OK;
+    if (body == NULL) {
+        status = KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a task");
+    } else {
+        (void)kvloom__v1__host_task__pack(&task, body);
+        status = kvl_exchange_call(exchange, wanted->host.name, body, n_bytes,
+                                   kvl_clock_now(clock) + CALL_TIMEOUT_S * KVL_NS_PER_S, &answer,
+                                   &n_answer, error);
+    }
+    kvl_exchange_stop(exchange);
+    kvl_free(body);
+    if (status != KVL_OK) return status;
+    *reply = kvloom__v1__host_reply__unpack(NULL, n_answer, answer);
+    kvl_free(answer);
+    if (*reply == NULL || (*reply)->what_case != KVLOOM__V1__HOST_REPLY__WHAT_RUN)
+        return KVL_FAIL(error, KVL_ERR_MALFORMED, "the host's reply cannot be read");
+    return KVL_OK;
+}
+
+static void print_plan(const Kvloom__V1__RunReply *plan)
+{
+    (void)printf("part          tokens  shared  placed  offset  computed    cost  if computed  why\n");
+    double cost = 0.0;
+    double compute = 0.0;
+    for (size_t p = 0; p < plan->n_parts; p++) {
+        const Kvloom__V1__PartReport *part = plan->parts[p];
+        (void)printf("%-12s %7u %7u %7u %7u %9u %4.0f ms %9.0f ms  %s%s%s\n",
+                     part->slot[0] == '\0' ? "(template)" : part->slot, part->n_tokens,
+                     part->shared, part->placed, part->offset, part->computed, part->cost_ms,
+                     part->compute_ms, part->reason, part->from[0] == '\0' ? "" : ", from ",
+                     part->from);
+        cost += part->cost_ms;
+        compute += part->compute_ms;
+    }
+    (void)printf("%-12s %7u %34s %7.0f ms %9.0f ms\n", "all", plan->prompt_tokens, "", cost,
+                 compute);
+}
+
+int kvl_command_explain(int argc, char **argv)
+{
+    static const struct argp argp = {.options = options,
+                                     .parser = parse,
+                                     .doc = "Ask a running host how it would have each part of a "
+                                            "prompt, at what cost, and why."};
+    arguments wanted = {.workflow = "explain"};
+    if (argp_parse(&argp, argc, argv, 0, NULL, &wanted) != 0) return KVL_EXIT_USAGE;
+    kvl_error error = {0};
+    json_error_t reason;
+    json_t *list = json_load_file(wanted.messages, JSON_REJECT_DUPLICATES, &reason);
+    if (list == NULL) {
+        (void)fprintf(stderr, "kvloom: %s, line %d: %s\n", wanted.messages, reason.line,
+                      reason.text);
+        return KVL_EXIT_FAILED;
+    }
+    prompt made = {.n = 0};
+    Kvloom__V1__HostReply *reply = NULL;
+    kvl_status status = build_prompt(list, &made, &error);
+    if (status == KVL_OK) status = ask(&wanted, &made, &reply, &error);
+    if (status == KVL_OK) print_plan(reply->run);
+    if (reply != NULL) kvloom__v1__host_reply__free_unpacked(reply, NULL);
+    json_decref(list);
+    return status == KVL_OK ? KVL_EXIT_OK : kvl_cli_fail(&error);
+}
