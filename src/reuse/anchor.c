@@ -138,7 +138,8 @@ static kvl_status reserve_for(kvl_anchor_pool *pool, const kvl_anchor_layout *la
     /* Bounded: at most 64 * 2 * 2^17 and threads * 64 * 2^12 * 256 by the checks of the layout. */
     const size_t n_most = pool->options.n_anchors_max;
     /* The longest text that this anchor is long enough for. */
-    const size_t n_tokens = (size_t)((float)layout->n_tokens / pool->options.coverage_min) + 1;
+    size_t n_tokens = (size_t)((float)layout->n_tokens / pool->options.coverage_min) + 1;
+    if (n_tokens > KVL_SEGMENT_TOKENS_MAX) n_tokens = KVL_SEGMENT_TOKENS_MAX;
     KVL_TRY(reserve(2 * n_most * n_tokens, &pool->per_token, &pool->n_per_token, error));
     if (pool->options.mode != KVL_ANCHOR_PAPER) return KVL_OK;
     const size_t width = (size_t)layout->n_kv_heads * layout->head_dim;

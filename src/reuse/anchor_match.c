@@ -331,8 +331,8 @@ static void add_section(const anchor_party *party, uint32_t layer, kvl_anchor_se
     for (size_t first = 0; first < n_rows; first += TILE_TOKENS) {
         for (uint32_t a = 0; a < party->n; a++) {
             const size_t n_known = party->anchors[a]->layout.n_tokens;
-            const size_t n_left = (n_known < n_rows ? n_known : n_rows) - first;
             if (n_known <= first) continue;
+            const size_t n_left = (n_known < n_rows ? n_known : n_rows) - first;
             const size_t n = n_left < TILE_TOKENS ? n_left : TILE_TOKENS;
             const kvl_anchor_rows tile =
                 kvl_anchor_rows_from(&of[a], first, base->n_kv_heads, base->head_dim);

@@ -21,7 +21,7 @@ struct kvl_anchor_pool {
 
     /* Working memory of match and correct, had when an anchor comes, so that the path of a request
      * allocates nothing. */
-    float *per_token; /* [2][n_anchors_max][the largest n_tokens of an anchor] */
+    float *per_token; /* [2][n_anchors_max][the longest text that an anchor is long enough for] */
     size_t n_per_token;
     float *per_channel; /* paper mode: [n threads][n_anchors_max][the largest width of a row] */
     size_t n_per_channel;
@@ -37,9 +37,9 @@ static inline bool kvl_anchor_is_of(const kvl_anchor *anchor, const kvl_anchor_s
 static inline bool kvl_anchor_is_long_enough(const kvl_anchor_pool *pool, const kvl_anchor *anchor,
                                              uint32_t n_tokens)
 {
-    const float share =
-        pool->options.mode == KVL_ANCHOR_PAPER ? 1.0F : pool->options.coverage_min;
-    return (float)anchor->layout.n_tokens >= share * (float)n_tokens;
+    const float share = pool->options.mode == KVL_ANCHOR_PAPER ? 1.0F : pool->options.coverage_min;
+    return n_tokens <= KVL_SEGMENT_TOKENS_MAX &&
+           (float)anchor->layout.n_tokens >= share * (float)n_tokens;
 }
 
 /* Runs task for every item, over the pool's threads if it has any. */

@@ -269,7 +269,8 @@ static void test_result_is_a_convex_combination(void **state)
     }
 }
 
-/* Invariant 7: a shorter anchor never contributes; a longer one with its first tokens only. */
+/* Invariant 7, at full coverage as in the paper: a shorter anchor never contributes; a longer one
+ * with its first tokens only. */
 static void test_length_rules(void **state)
 {
     (void)state;

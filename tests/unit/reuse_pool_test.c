@@ -164,8 +164,9 @@ static void test_options_are_checked(void **state)
 {
     (void)state;
     const char *const fields[] = {
-        "n_anchors_max", "n_anchors_max", "n_anchors_min", "n_anchors_min", "window", "temperature",
-        "temperature",   "mass",          "entropy_share", "distance_max",  "dtype"};
+        "n_anchors_max", "n_anchors_max", "n_anchors_min", "n_anchors_min", "window",
+        "temperature",   "temperature",   "mass",          "entropy_share", "distance_max",
+        "coverage_min",  "coverage_min",  "dtype"};
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         kvl_anchor_options options = kvl_anchor_default_options();
         switch (i) {
@@ -179,6 +180,8 @@ static void test_options_are_checked(void **state)
         case 7: options.mass = 1.5F; break;
         case 8: options.entropy_share = NAN; break;
         case 9: options.distance_max = -1.0F; break;
+        case 10: options.coverage_min = 0.01F; break;
+        case 11: options.coverage_min = 1.5F; break;
         default: options.dtype = KVL_KV_BF16; break;
         }
         kvl_anchor_pool *pool = NULL;
