@@ -314,6 +314,24 @@ static void test_int8_scales_stand_behind_both(void **state)
     assert_memory_equal(block, expected, sizeof expected);
 }
 
+/* The scale in the block is the smallest that no number of the group needs more than 127 of. */
+static void test_int8_scale_is_the_smallest_that_suffices(void **state)
+{
+    (void)state;
+    kvl_random random = kvl_test_random();
+    for (int round = 0; round < 20000; round++) {
+        const float key =
+            ldexpf(1 + kvl_random_uniform(&random), (int)kvl_test_below(&random, 36) - 20);
+        const float value = 0;
+        _Alignas(2) uint8_t block[6];
+        kvl_segment_encode_block(KVL_KV_INT8, 1, 1, 1, &key, &value, block);
+        uint16_t scale;
+        memcpy(&scale, block + 2, sizeof scale);
+        assert_true(f16_value(scale) * 127 >= (double)key);
+        assert_true(f16_value((uint16_t)(scale - 1)) * 127 < (double)key);
+    }
+}
+
 static void test_int8_of_hostile_numbers(void **state)
 {
     (void)state;
@@ -424,6 +442,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_a_range_of_tokens_is_the_same_as_part_of_all),
         cmocka_unit_test(test_block_is_head_major),
         cmocka_unit_test(test_int8_scales_stand_behind_both),
+        cmocka_unit_test(test_int8_scale_is_the_smallest_that_suffices),
         cmocka_unit_test(test_int8_of_hostile_numbers),
         cmocka_unit_test(test_block_bytes),
     };

@@ -632,6 +632,39 @@ static void test_spare_memory(void **state)
     assert_int_equal(kvl_alloc_live(), live);
 }
 
+/* Memory that held something else: what was received into it still has zeros between its blocks. */
+static void test_padding_is_zero_in_used_memory(void **state)
+{
+    (void)state;
+    const kvl_container_info info = {
+        .kind = KVL_CONTAINER_ANCHOR,
+        .dtype = KVL_KV_INT8,
+        .n_layers = 3,
+        .n_kv_heads = 1,
+        .head_dim = 1,
+        .block_bytes = (1u << 20) + 1,
+    };
+    kvl_container *made = NULL, *used = NULL, *read = NULL;
+    assert_int_equal(kvl_container_create(&info, &made, NULL), KVL_OK);
+    kvl_container_seal(made);
+    assert_int_equal(kvl_container_create(&info, &used, NULL), KVL_OK);
+    size_t n_bytes = 0, n_header = 0;
+    uint8_t *start = kvl_container_block(used, 0, &n_bytes);
+    memset(start, 0xff, 3 * (n_bytes + 63));
+    kvl_container_release(used);
+    const void *header = kvl_container_header(made, &n_header);
+    assert_int_equal(kvl_container_from_header(header, n_header, &read, NULL), KVL_OK);
+    assert_ptr_equal(kvl_container_block(read, 0, &n_bytes), start);
+    for (uint32_t i = 0; i < 3; i++) {
+        const void *block = kvl_container_block_view(made, i, &n_bytes);
+        memcpy(kvl_container_block(read, i, &n_bytes), block, n_bytes);
+        assert_int_equal(kvl_container_block_check(read, i, NULL), KVL_OK);
+    }
+    kvl_container_release(read);
+    kvl_container_release(made);
+    kvl_container_spare_clear();
+}
+
 static void test_segment_id(void **state)
 {
     (void)state;
@@ -770,6 +803,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_failing_allocations_leave_nothing),
         cmocka_unit_test(test_references_count_across_threads),
         cmocka_unit_test(test_spare_memory),
+        cmocka_unit_test(test_padding_is_zero_in_used_memory),
         cmocka_unit_test(test_segment_id),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
