@@ -3,8 +3,8 @@
  *   clang -fsanitize=fuzzer,address,undefined ... tests/fuzz/container_fuzz.c
  * Without a fuzzing engine, -DKVL_FUZZ_REPLAY gives a main that runs the files named to it.
  *
- * Checksums stop a random change at once, so each input is read as it is, and a second time with its
- * checksums made to fit, which lets changes through to the checks behind them. */
+ * Checksums stop a random change at once, so each input is read as it is, and a second time with
+ * its checksums made to fit, which lets changes through to the checks behind them. */
 #include "base/alloc.h"
 #include "segment/codec.h"
 #include "segment/container.h"
