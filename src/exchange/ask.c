@@ -26,6 +26,7 @@ static void ask_list(kvl_protocol *p, kvl_op *op, uint64_t whom, int64_t now_ns)
     op->asked |= whom;
 }
 
+/* Any order does, as long as equal ids come to stand side by side. */
 static int compare_ids(const void *a, const void *b)
 {
     return memcmp(a, b, sizeof(kvl_digest));
@@ -44,6 +45,8 @@ static void finish_list(kvl_protocol *p, kvl_op *op)
     kvl_op_end(p, op, &completion);
 }
 
+/* A list is the best that could be had in time, so it never fails for a peer: whoever is silent or
+ * gone is left out. A host that starts alone gets an empty one. */
 void kvl_list_tick(kvl_protocol *p, kvl_op *op, int64_t now_ns)
 {
     const uint64_t silent = op->asked & ~op->answered & ~op->failed;
@@ -101,6 +104,7 @@ void kvl_list_answer(kvl_protocol *p, uint32_t peer, const kvl_message *message,
 
 /* ---- tasks ---- */
 
+/* The body is shared with ZeroMQ and not copied again: the caller may be gone before it is sent. */
 static void send_task(kvl_protocol *p, kvl_op *op, int64_t now_ns)
 {
     kvl_frame frames[KVL_FRAMES_MAX];
@@ -118,6 +122,8 @@ static void send_task(kvl_protocol *p, kvl_op *op, int64_t now_ns)
     op->sent_ns = op->moved_ns = now_ns;
 }
 
+/* Also asked before the peer is up: a call right after the start of a process waits for the first
+ * connection, one to a peer that was lost fails at once. */
 void kvl_call_peer_up(kvl_protocol *p, kvl_op *op, int64_t now_ns)
 {
     const kvl_peer *peer = &p->peers[op->peer];
@@ -133,6 +139,7 @@ void kvl_call_peer_up(kvl_protocol *p, kvl_op *op, int64_t now_ns)
     kvl_op_fail(p, op, KVL_ERR_UNREACHABLE, op->cause.text);
 }
 
+/* Ends in failure; the peer need not keep the reply, or run on for us. */
 static void end_call(kvl_protocol *p, kvl_op *op, kvl_status status, const char *text)
 {
     if (op->sent && p->peers[op->peer].state == KVL_PEER_UP) {
@@ -160,6 +167,7 @@ void kvl_call_answer(kvl_protocol *p, uint32_t peer, const kvl_message *message,
         end_call(p, op, message->reply.status, op->cause.text);
         return;
     }
+    /* 64 frames of 1 MiB are 64 MiB, so this only guards the two limits against drifting apart. */
     const size_t n_bytes = kvl_frames_bytes(frames, n_frames);
     if (n_bytes > KVL_TASK_BYTES_MAX) {
         end_call(p, op, KVL_ERR_TOO_LARGE, "the reply is larger than a reply may be");
@@ -174,10 +182,8 @@ void kvl_call_answer(kvl_protocol *p, uint32_t peer, const kvl_message *message,
     kvl_frames_join(frames, n_frames, reply);
     reply[n_bytes] = 0;
     kvl_send_plain(p, peer, KVL_MESSAGE_TASK_DONE, op->request);
-    kvl_completion completion = {.status = KVL_OK,
-                                 .from = p->peers[peer].name,
-                                 .reply = reply,
-                                 .n_reply_bytes = n_bytes};
+    kvl_completion completion = {
+        .status = KVL_OK, .from = p->peers[peer].name, .reply = reply, .n_reply_bytes = n_bytes};
     kvl_op_end(p, op, &completion);
 }
 
@@ -204,6 +210,8 @@ void kvl_call_tick(kvl_protocol *p, kvl_op *op, int64_t now_ns)
     /* Polls start early, in case the task was lost, and become rare while it runs. */
     const int64_t pause_ns = op->n_retries == 0 ? p->timeout_ns / 4 : KVL_TASK_POLL_NS;
     if (now_ns - op->sent_ns < pause_ns) return;
+    /* There is no timeout but the caller's deadline: a task may run for minutes, and whether its
+     * host is still there is the link's concern. */
     op->n_retries++;
     op->sent_ns = now_ns;
     kvl_send_plain(p, op->peer, KVL_MESSAGE_TASK_POLL, op->request);

@@ -86,11 +86,13 @@ static int64_t now_of(const kvl_exchange *exchange)
     return kvl_clock_now(exchange->clock);
 }
 
+/* Before every completion and after every round: who learns that a call was unreachable must not
+ * see its peer up. */
 static void publish_peers(kvl_exchange *exchange)
 {
     for (uint32_t i = 0; i < exchange->n_peers; i++) {
-        atomic_store_explicit(&exchange->peer_up[i],
-                              kvl_protocol_peer_is_up(exchange->protocol, i), memory_order_release);
+        atomic_store_explicit(&exchange->peer_up[i], kvl_protocol_peer_is_up(exchange->protocol, i),
+                              memory_order_release);
     }
 }
 
@@ -161,7 +163,8 @@ static void link_message(void *context, kvl_link link, const void *control, size
                         &error) < 0) {
         kvl_protocol_refuse(exchange->protocol, link, message.request, &error);
     } else {
-        kvl_protocol_receive(exchange->protocol, link, &message, frames, n_frames, now_of(exchange));
+        kvl_protocol_receive(exchange->protocol, link, &message, frames, n_frames,
+                             now_of(exchange));
     }
     forget_if_closed(exchange, link);
 }
@@ -226,6 +229,8 @@ static bool run_commands(kvl_exchange *exchange)
     return stopping;
 }
 
+/* Commands, messages, time, in turns. The wait is short only while something is under way, so an
+ * idle host wakes up twenty times a second and does next to nothing. */
 static void *run_thread(void *argument)
 {
     kvl_exchange *exchange = argument;
@@ -269,9 +274,10 @@ static kvl_status check_options(const kvl_exchange_options *options, kvl_error *
     for (size_t i = 0; i < options->n_peers; i++) {
         const kvl_exchange_peer *peer = &options->peers[i];
         if (peer->name == NULL || peer->endpoint == NULL || !kvl_name_is_valid(peer->name)) {
-            return KVL_FAIL(error, KVL_ERR_INVALID,
-                            "peer %zu: needs an endpoint and a name of 1 to %u of A-Z a-z 0-9 . _ -",
-                            i, KVL_NAME_BYTES_MAX);
+            return KVL_FAIL(
+                error, KVL_ERR_INVALID,
+                "peer %zu: needs an endpoint and a name of 1 to %u of A-Z a-z 0-9 . _ -", i,
+                KVL_NAME_BYTES_MAX);
         }
         bool taken = strcmp(peer->name, options->name) == 0;
         for (size_t j = 0; j < i; j++) taken |= strcmp(peer->name, options->peers[j].name) == 0;
@@ -364,6 +370,8 @@ kvl_status kvl_exchange_start(const kvl_exchange_options *options, kvl_exchange 
     return KVL_OK;
 }
 
+/* All requests have been completed when the thread has ended; their callers still have to leave the
+ * lock behind before it can go. */
 void kvl_exchange_stop(kvl_exchange *exchange)
 {
     if (exchange == NULL) return;
@@ -502,15 +510,13 @@ kvl_status kvl_exchange_call(kvl_exchange *exchange, const char *peer, const voi
         return KVL_FAIL(error, KVL_ERR_INVALID, "%.60s is no peer of this host", peer);
     }
     if (n_bytes > KVL_TASK_BYTES_MAX) {
-        return KVL_FAIL(error, KVL_ERR_TOO_LARGE, "a task of %zu bytes, must be at most %u", n_bytes,
-                        KVL_TASK_BYTES_MAX);
+        return KVL_FAIL(error, KVL_ERR_TOO_LARGE, "a task of %zu bytes, must be at most %u",
+                        n_bytes, KVL_TASK_BYTES_MAX);
     }
     kvl_bulk *copy = kvl_bulk_copy(body, n_bytes);
     if (copy == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a task");
-    waiter w = {.command = {.kind = COMMAND_CALL,
-                            .peer = index,
-                            .body = copy,
-                            .deadline_ns = deadline_ns}};
+    waiter w = {
+        .command = {.kind = COMMAND_CALL, .peer = index, .body = copy, .deadline_ns = deadline_ns}};
     run_and_wait(exchange, &w);
     kvl_bulk_release(copy);
     if (w.result.status < 0) return fail_as(&w, error);

@@ -1,9 +1,9 @@
-/* exchange/exchange.h: hosts talk to one another: who has a container, give it to me block by block,
- * I have a new one, and tasks from a client.
+/* exchange/exchange.h: hosts talk to one another: who has a container, give it to me block by
+ * block, I have a new one, and tasks from a client.
  *
- * The protocol is a state machine without I/O or clock (exchange/protocol.h); one thread here drives
- * it with ZeroMQ sockets and serves peers straight out of the store. docs/protocol.md has the
- * messages. A peer that answers nothing is a miss after the deadline, never a hang.
+ * The protocol is a state machine without I/O or clock (exchange/protocol.h); one thread here
+ * drives it with ZeroMQ sockets and serves peers straight out of the store. docs/protocol.md has
+ * the messages. A peer that answers nothing is a miss after the deadline, never a hang.
  * Threads  Every function may be called from any thread; callbacks run on the exchange thread and
  *          must not block. */
 #ifndef KVL_EXCHANGE_EXCHANGE_H
@@ -35,7 +35,7 @@ typedef struct kvl_exchange_options {
     kvl_tier *store;        /* what is served to peers; NULL for a client; borrowed */
     kvl_digest fingerprint; /* a peer with another is refused, with a text that names both */
     const kvl_clock *clock;
-    uint32_t timeout_ms;    /* of one request without progress; 0 for 2000 */
+    uint32_t timeout_ms;             /* of one request without progress; 0 for 2000 */
     kvl_exchange_task_handler *task; /* NULL: tasks are refused */
     void *task_context;
 } kvl_exchange_options;

@@ -17,6 +17,7 @@ enum { RETRIES_MAX = 4, HEADER_BYTES_MAX = 2 * KVL_CONTAINER_HEADER_BYTES_MAX };
 
 static void advance(kvl_protocol *p, kvl_op *op, int64_t now_ns);
 
+/* Whatever a former stream still has under way carries its number and is ignored from now on. */
 void kvl_fetch_leave(kvl_protocol *p, kvl_op *op)
 {
     if (op->state != KVL_FETCH_STREAMING) return;
@@ -79,6 +80,8 @@ static void ask_who_has_it(kvl_protocol *p, kvl_op *op, uint64_t whom, int64_t n
     op->asked |= whom;
 }
 
+/* NOT_FOUND only when everybody who was asked said so; otherwise the failure that got in the way,
+ * so that a caller can tell "nobody has it" from "who has it could not be reached". */
 static void give_up(kvl_protocol *p, kvl_op *op)
 {
     if (op->cause.status < 0) {
@@ -99,8 +102,8 @@ static void advance(kvl_protocol *p, kvl_op *op, int64_t now_ns)
     const uint64_t unasked = up & ~op->asked & ~op->holders;
     uint64_t candidates = trusted;
     if (candidates == 0 && unasked != 0) ask_who_has_it(p, op, unasked, now_ns);
-    const bool waiting = (op->asked & up & ~op->answered & ~op->holders) != 0 ||
-                         kvl_peers_are_expected(p, now_ns);
+    const bool waiting =
+        (op->asked & up & ~op->answered & ~op->holders) != 0 || kvl_peers_are_expected(p, now_ns);
     /* Who sent damage once is asked again only when nobody else is left. */
     if (candidates == 0 && !waiting) candidates = op->holders & up;
     if (candidates != 0) {
@@ -113,6 +116,7 @@ static void advance(kvl_protocol *p, kvl_op *op, int64_t now_ns)
     if (!waiting) give_up(p, op);
 }
 
+/* First come, first served. */
 void kvl_fetch_kick(kvl_protocol *p, int64_t now_ns)
 {
     for (;;) {
@@ -201,6 +205,8 @@ static void refuse_holder(kvl_protocol *p, kvl_op *op, const char *text, int64_t
     fail_holder(p, op, KVL_ERR_DAMAGED, text, now_ns);
 }
 
+/* The header is somebody else's claim: the checksum guards the way here, the format's own checks
+ * the sizes, and the id and the model must be what was asked for. */
 static kvl_status make_container(kvl_protocol *p, const kvl_op *op, const kvl_message *message,
                                  const void *bytes, kvl_container **container, kvl_error *error)
 {
@@ -212,7 +218,8 @@ static kvl_status make_container(kvl_protocol *p, const kvl_op *op, const kvl_me
     const kvl_container_info *info = kvl_container_info_of(*container);
     kvl_status status = KVL_OK;
     if (!kvl_digest_equal(&info->id, &op->id)) {
-        status = KVL_FAIL(error, KVL_ERR_DAMAGED, "the header is of another container than asked for");
+        status =
+            KVL_FAIL(error, KVL_ERR_DAMAGED, "the header is of another container than asked for");
     } else if (!kvl_digest_equal(&info->fingerprint, &p->fingerprint)) {
         char theirs[KVL_DIGEST_TEXT_BYTES], ours[KVL_DIGEST_TEXT_BYTES];
         status = KVL_FAIL(error, KVL_ERR_FOREIGN, "the container is of model %s, this host runs %s",
@@ -261,6 +268,7 @@ static kvl_status take_container(kvl_protocol *p, kvl_op *op, const kvl_message 
     return KVL_OK;
 }
 
+/* Timeouts count from the last step forward: a large container on a slow link is not given up. */
 static void note_progress(kvl_op *op, int64_t now_ns)
 {
     op->moved = true;
@@ -281,19 +289,19 @@ void kvl_fetch_header(kvl_protocol *p, uint32_t peer, const kvl_message *message
         if (op->container == NULL || message->fetch_header.block_first != op->block ||
             message->fetch_header.n_blocks != op->n_blocks ||
             message->fetch_header.header_checksum != op->header_checksum) {
-            refuse_holder(p, op, "FETCH_HEADER without a header does not continue the fetch", now_ns);
+            refuse_holder(p, op, "FETCH_HEADER without a header does not continue the fetch",
+                          now_ns);
             return;
         }
     } else {
         kvl_error error;
         const kvl_status status = take_container(p, op, message, frames, n_frames, &error);
-        if (status == KVL_ERR_NO_MEMORY) {
-            kvl_op_fail(p, op, status, error.text);
-            kvl_fetch_kick(p, now_ns);
-            return;
-        }
         if (status < 0) {
-            if (status == KVL_ERR_FOREIGN) {
+            /* How much memory it takes is what the peer says, so a lack of it is no failure of this
+             * host: another holder may have a smaller truth. */
+            if (status == KVL_ERR_NO_MEMORY) {
+                fail_holder(p, op, KVL_ERR_BUSY, error.text, now_ns);
+            } else if (status == KVL_ERR_FOREIGN) {
                 fail_holder(p, op, status, error.text, now_ns);
             } else {
                 refuse_holder(p, op, error.text, now_ns);
@@ -308,9 +316,8 @@ void kvl_fetch_header(kvl_protocol *p, uint32_t peer, const kvl_message *message
 static void finish(kvl_protocol *p, kvl_op *op, int64_t now_ns)
 {
     p->stats.containers_fetched++;
-    kvl_completion completion = {.status = KVL_OK,
-                                 .from = p->peers[op->peer].name,
-                                 .container = op->container};
+    kvl_completion completion = {
+        .status = KVL_OK, .from = p->peers[op->peer].name, .container = op->container};
     kvl_op_end(p, op, &completion);
     kvl_fetch_kick(p, now_ns);
 }
@@ -320,7 +327,8 @@ static void take_damage(kvl_protocol *p, kvl_op *op, int64_t now_ns)
     p->stats.blocks_damaged++;
     op->n_damaged++;
     const uint32_t peer = op->peer;
-    kvl_report(p, KVL_LOG_WARN, "block_damaged", "peer=%s block=%u", p->peers[peer].name, op->block);
+    kvl_report(p, KVL_LOG_WARN, "block_damaged", "peer=%s block=%u", p->peers[peer].name,
+               op->block);
     kvl_fetch_leave(p, op);
     op->damaged_by |= kvl_bit(peer);
     KVL_NOTE(&op->cause, KVL_ERR_DAMAGED, "peer %s: block %u does not match its checksum",
@@ -394,6 +402,7 @@ void kvl_fetch_block(kvl_protocol *p, uint32_t peer, const kvl_message *message,
     if (op->block == op->n_blocks) finish(p, op, now_ns);
 }
 
+/* The end of a stream that is not complete here means that pieces were lost before it. */
 void kvl_fetch_done(kvl_protocol *p, uint32_t peer, const kvl_message *message, int64_t now_ns)
 {
     kvl_op *op = find_stream(p, peer, message);

@@ -28,16 +28,18 @@ kvl_status kvl_hello_check(const kvl_protocol *p, const kvl_message_hello *hello
 {
     *shares_kv = false;
     if (hello->magic != KVL_PROTOCOL_MAGIC) {
-        return KVL_FAIL(error, KVL_ERR_UNSUPPORTED,
-                        "magic %08x, a KVLoom host says %08x: something else speaks at this endpoint",
-                        hello->magic, KVL_PROTOCOL_MAGIC);
+        return KVL_FAIL(
+            error, KVL_ERR_UNSUPPORTED,
+            "magic %08x, a KVLoom host says %08x: something else speaks at this endpoint",
+            hello->magic, KVL_PROTOCOL_MAGIC);
     }
     if (hello->version_min > KVL_PROTOCOL_VERSION_MAX ||
         hello->version_max < KVL_PROTOCOL_VERSION_MIN) {
-        return KVL_FAIL(error, KVL_ERR_UNSUPPORTED,
-                        "%s speaks protocol versions %u to %u, %s speaks %u to %u: update the older one",
-                        hello->name, hello->version_min, hello->version_max, p->name,
-                        KVL_PROTOCOL_VERSION_MIN, KVL_PROTOCOL_VERSION_MAX);
+        return KVL_FAIL(
+            error, KVL_ERR_UNSUPPORTED,
+            "%s speaks protocol versions %u to %u, %s speaks %u to %u: update the older one",
+            hello->name, hello->version_min, hello->version_max, p->name, KVL_PROTOCOL_VERSION_MIN,
+            KVL_PROTOCOL_VERSION_MAX);
     }
     *shares_kv = kvl_digest_equal(&hello->fingerprint, &p->fingerprint);
     /* Who has no model can still send tasks, or run them. */
@@ -46,10 +48,11 @@ kvl_status kvl_hello_check(const kvl_protocol *p, const kvl_message_hello *hello
         return KVL_OK;
     }
     char theirs[KVL_DIGEST_TEXT_BYTES], ours[KVL_DIGEST_TEXT_BYTES];
-    return KVL_FAIL(error, KVL_ERR_FOREIGN,
-                    "model fingerprint of %s is %s, of %s it is %s: both must run the same model file",
-                    hello->name, kvl_digest_to_text(&hello->fingerprint, theirs), p->name,
-                    kvl_digest_to_text(&p->fingerprint, ours));
+    return KVL_FAIL(
+        error, KVL_ERR_FOREIGN,
+        "model fingerprint of %s is %s, of %s it is %s: both must run the same model file",
+        hello->name, kvl_digest_to_text(&hello->fingerprint, theirs), p->name,
+        kvl_digest_to_text(&p->fingerprint, ours));
 }
 
 uint64_t kvl_peers_up(const kvl_protocol *p, bool sharing)
@@ -77,6 +80,7 @@ bool kvl_peers_are_expected(const kvl_protocol *p, int64_t now_ns)
     return false;
 }
 
+/* Says Hello, for the first time or again. A peer that is up stays so meanwhile. */
 void kvl_peer_greet(kvl_protocol *p, uint32_t index, int64_t now_ns)
 {
     kvl_peer *peer = &p->peers[index];
@@ -97,8 +101,8 @@ static void tell_ops_lost(kvl_protocol *p, uint32_t index, const char *why, int6
         if (op->kind == KVL_OP_FETCH) kvl_fetch_peer_lost(p, op, index, now_ns);
         if (op->kind == KVL_OP_LIST) kvl_list_peer_lost(p, op, index, now_ns);
         if (op->kind == KVL_OP_CALL && op->peer == index) {
-            KVL_NOTE(&op->cause, KVL_ERR_UNREACHABLE, "peer %s is gone: %s",
-                           p->peers[index].name, why);
+            KVL_NOTE(&op->cause, KVL_ERR_UNREACHABLE, "peer %s is gone: %s", p->peers[index].name,
+                     why);
             kvl_op_fail(p, op, KVL_ERR_UNREACHABLE, op->cause.text);
         }
     }
@@ -126,6 +130,8 @@ void kvl_peer_lose(kvl_protocol *p, uint32_t index, const char *why, int64_t now
     lose(p, index, KVL_LOG_WARN, why, now_ns);
 }
 
+/* For good: what was refused once is not asked again before the connection ends, so a wrong
+ * configuration costs one line in the log and no traffic. */
 static void refuse_peer(kvl_protocol *p, uint32_t index, const char *why, int64_t now_ns)
 {
     kvl_peer_lose(p, index, why, now_ns);
@@ -182,8 +188,8 @@ static void take_error(kvl_protocol *p, uint32_t index, const kvl_message *messa
     kvl_peer *peer = &p->peers[index];
     if (message->request != 0 && message->request == peer->hello_request &&
         peer->state == KVL_PEER_GREETING) {
-        KVL_NOTE(&peer->refusal, message->reply.status, "peer %s refused us: %.400s",
-                       peer->name, message->reply.text);
+        KVL_NOTE(&peer->refusal, message->reply.status, "peer %s refused us: %.400s", peer->name,
+                 message->reply.text);
         refuse_peer(p, index, peer->refusal.text, now_ns);
         return;
     }
@@ -205,6 +211,7 @@ static void take_error(kvl_protocol *p, uint32_t index, const kvl_message *messa
     }
 }
 
+/* On a link that we dialled the other side only answers; anything else is a mistake of its. */
 static void take_answer(kvl_protocol *p, uint32_t index, const kvl_message *message,
                         const kvl_frame *frames, size_t n_frames, int64_t now_ns)
 {
@@ -216,9 +223,7 @@ static void take_answer(kvl_protocol *p, uint32_t index, const kvl_message *mess
         return;
     case KVL_MESSAGE_BLOCK: kvl_fetch_block(p, index, message, frames, now_ns); return;
     case KVL_MESSAGE_FETCH_DONE: kvl_fetch_done(p, index, message, now_ns); return;
-    case KVL_MESSAGE_LISTED:
-        kvl_list_answer(p, index, message, frames, n_frames, now_ns);
-        return;
+    case KVL_MESSAGE_LISTED: kvl_list_answer(p, index, message, frames, n_frames, now_ns); return;
     case KVL_MESSAGE_TASK_REPLY:
         kvl_call_answer(p, index, message, frames, n_frames, now_ns);
         return;
@@ -226,7 +231,7 @@ static void take_answer(kvl_protocol *p, uint32_t index, const kvl_message *mess
     }
     kvl_error error;
     KVL_NOTE(&error, KVL_ERR_MALFORMED, "%s is nothing that a server sends",
-                                       kvl_message_kind_name(message->kind));
+             kvl_message_kind_name(message->kind));
     kvl_protocol_refuse(p, index, 0, &error);
 }
 
@@ -272,6 +277,7 @@ void kvl_peer_tick(kvl_protocol *p, uint32_t index, int64_t now_ns)
         kvl_peer_lose(p, index, "it is silent", now_ns);
         return;
     }
+    /* Any message is a sign of life; pings are for quiet links only. */
     if (now_ns - peer->heard_ns >= KVL_PING_NS && now_ns - peer->pinged_ns >= KVL_PING_NS) {
         peer->pinged_ns = now_ns;
         kvl_send_plain(p, index, KVL_MESSAGE_PING, 0);

@@ -125,6 +125,8 @@ kvl_op *kvl_op_find(kvl_protocol *p, uint64_t request)
     return op->kind == KVL_OP_FREE ? NULL : op;
 }
 
+/* The slot is freed before the completion goes out, so that a caller who asks again at once finds
+ * room even when all slots were taken. */
 void kvl_op_end(kvl_protocol *p, kvl_op *op, kvl_completion *completion)
 {
     if (op->kind == KVL_OP_FETCH) kvl_fetch_leave(p, op);
@@ -155,6 +157,7 @@ void kvl_op_blame(kvl_protocol *p, kvl_op *op, uint32_t peer, kvl_status status,
     KVL_NOTE(&op->cause, status, "peer %s: %.400s", p->peers[peer].name, text);
 }
 
+/* NULL, with a completion on its way, when all slots are taken: back-pressure and never growth. */
 static kvl_op *take_op(kvl_protocol *p, kvl_op_kind kind, void *waiter, int64_t deadline_ns,
                        int64_t now_ns)
 {
@@ -213,6 +216,8 @@ void kvl_protocol_call(kvl_protocol *p, void *waiter, uint32_t peer, kvl_bulk *b
     kvl_call_peer_up(p, op, now_ns);
 }
 
+/* Nobody answers an announcement and nothing repeats it: a peer that misses it will ask everybody
+ * when it needs the container. */
 void kvl_protocol_announce(kvl_protocol *p, const kvl_digest *id, kvl_container_kind kind)
 {
     const uint64_t up = kvl_peers_up(p, true);
@@ -257,6 +262,7 @@ void kvl_protocol_receive(kvl_protocol *p, kvl_link link, const kvl_message *mes
     }
 }
 
+/* An Error is never answered with an Error, so two sides cannot keep each other busy with them. */
 void kvl_protocol_refuse(kvl_protocol *p, kvl_link link, uint64_t request, const kvl_error *error)
 {
     p->stats.messages_refused++;
@@ -303,11 +309,14 @@ bool kvl_protocol_work(kvl_protocol *p, int64_t now_ns)
     return p->n_listings > 0 && kvl_serve_work(p);
 }
 
+/* Goodbye on both kinds of links: those who asked us know at once that nothing will come, those
+ * whom we asked can drop what they keep for us. */
 void kvl_protocol_stop(kvl_protocol *p)
 {
     for (size_t i = 0; i < KVL_OPS_MAX; i++) {
         kvl_op *op = &p->ops[i];
-        if (op->kind != KVL_OP_FREE) kvl_op_fail(p, op, KVL_ERR_CANCELLED, "the exchange is ending");
+        if (op->kind != KVL_OP_FREE)
+            kvl_op_fail(p, op, KVL_ERR_CANCELLED, "the exchange is ending");
     }
     for (uint32_t i = 0; i < p->n_peers; i++) {
         if (p->peers[i].connected) kvl_send_plain(p, i, KVL_MESSAGE_GOODBYE, 0);

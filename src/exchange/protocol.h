@@ -5,8 +5,8 @@
  * What is to be done goes out through kvl_protocol_output while the call runs. The same events in
  * the same order give the same output, so a simulator can replay anything (tests/support/exchange).
  *
- * Links    A process dials each of its peers once and asks on that link; it serves those who dialled
- *          it. 0 .. KVL_PEERS_MAX - 1 are the peers in the order of the options,
+ * Links    A process dials each of its peers once and asks on that link; it serves those who
+ *          dialled it. 0 .. KVL_PEERS_MAX - 1 are the peers in the order of the options,
  *          KVL_LINK_CLIENT + slot are those who dialled.
  * Store    The tier that is served is called right here, in the middle of an event: it hands out
  *          references to memory or to a map, and whoever waits for the disk is the sending thread.
@@ -25,7 +25,7 @@
 #define KVL_LINK_CLIENT KVL_PEERS_MAX
 #define KVL_LINKS_MAX (KVL_PEERS_MAX + KVL_CLIENTS_MAX)
 
-/* Local requests at a time; more are KVL_ERR_BUSY. A power of two: it is part of request numbers. */
+/* Local requests at a time; more are KVL_ERR_BUSY. A power of two, part of request numbers. */
 #define KVL_OPS_MAX 256u
 /* Tasks that run or whose reply is kept, of all clients together; more are KVL_ERR_BUSY. */
 #define KVL_TASKS_MAX 128u
@@ -47,9 +47,9 @@
 
 #define KVL_TICK_NS (10 * KVL_NS_PER_MS)
 #define KVL_PING_NS (200 * KVL_NS_PER_MS)
-/* A process that dies is noticed by its connection, within milliseconds. Silence only finds one that
- * hangs, and must not mistake one for it that is short of processor time: with 1 s, that happened on
- * two cores with a load of 12. */
+/* A process that dies is noticed by its connection, within milliseconds. Silence only finds one
+ * that hangs, and must not mistake one for it that is short of processor time: with 1 s, that
+ * happened on two cores with a load of 12. */
 #define KVL_PEER_SILENCE_NS (3000 * KVL_NS_PER_MS)
 #define KVL_CLIENT_SILENCE_NS (10000 * KVL_NS_PER_MS)
 #define KVL_HELLO_RETRY_NS (100 * KVL_NS_PER_MS)
@@ -91,8 +91,8 @@ typedef struct kvl_protocol_output {
 
 typedef struct kvl_protocol_options {
     const char *name;
-    uint64_t epoch; /* random, not 0 */
-    uint64_t seed;  /* of the directory's mix */
+    uint64_t epoch;           /* random, not 0 */
+    uint64_t seed;            /* of the directory's mix */
     const char *const *peers; /* names */
     size_t n_peers;
     kvl_tier *store; /* may be NULL; borrowed */

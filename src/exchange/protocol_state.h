@@ -19,8 +19,8 @@ typedef struct kvl_peer {
     kvl_peer_state state;
     bool connected; /* as the transport says */
     bool ever_up;
-    bool shares_kv; /* same fingerprint */
-    uint64_t epoch; /* of its process, once it was up */
+    bool shares_kv;         /* same fingerprint */
+    uint64_t epoch;         /* of its process, once it was up */
     uint64_t hello_request; /* of the Hello that is not answered yet; 0: none */
     int64_t hello_ns, heard_ns, pinged_ns;
     uint64_t task_bytes_max;
@@ -97,7 +97,7 @@ typedef struct kvl_op {
     void *waiter;
     uint64_t order; /* of arrival */
     int64_t deadline_ns;
-    uint64_t request; /* of Locate, List or Task */
+    uint64_t request;          /* of Locate, List or Task */
     int64_t asked_ns, sent_ns; /* first and latest sending of it */
     uint64_t asked, answered, failed;
     kvl_error cause; /* of the last failure of a peer; status 0: none */
@@ -154,10 +154,10 @@ struct kvl_protocol {
 #define KVL_NO_OWNER ((kvl_owner){NULL, NULL})
 
 /* Fills an error that is kept or sent instead of returned. */
-#define KVL_NOTE(error, status, ...)                                                              \
-    do {                                                                                          \
-        const kvl_status kvl_noted = KVL_FAIL(error, status, __VA_ARGS__);                        \
-        (void)kvl_noted;                                                                          \
+#define KVL_NOTE(error, status, ...)                                                               \
+    do {                                                                                           \
+        const kvl_status kvl_noted = KVL_FAIL(error, status, __VA_ARGS__);                         \
+        (void)kvl_noted;                                                                           \
     } while (0)
 
 /* ---- protocol.c ---- */

@@ -1,7 +1,8 @@
 /* exchange/serve.c: answers from the store: who has it, blocks under credit, lists.
  *
  * Blocks are never copied here: a frame points into the container, and the transport holds a
- * reference until the bytes are sent. A slow asker holds a reference and its window, nothing more. */
+ * reference until the bytes are sent. A slow asker holds a reference and its window, and nothing
+ * more than that. */
 #include "exchange/protocol_state.h"
 
 #include "base/alloc.h"
@@ -59,7 +60,8 @@ static bool send_piece(kvl_protocol *p, kvl_link link, kvl_stream *stream, int64
     const uint8_t *block =
         kvl_container_block_view(stream->container, stream->block, &n_block_bytes);
     const size_t rest = n_block_bytes - (size_t)stream->offset;
-    const kvl_frame frame = {block + stream->offset, rest < KVL_PIECE_BYTES ? rest : KVL_PIECE_BYTES};
+    const kvl_frame frame = {block + stream->offset,
+                             rest < KVL_PIECE_BYTES ? rest : KVL_PIECE_BYTES};
     const uint64_t charge =
         frame.n_bytes > KVL_PIECE_CHARGE_MIN ? frame.n_bytes : KVL_PIECE_CHARGE_MIN;
     if (charge > stream->granted - stream->charged) return false;
@@ -69,6 +71,7 @@ static bool send_piece(kvl_protocol *p, kvl_link link, kvl_stream *stream, int64
     message.block.block = stream->block;
     message.block.offset = stream->offset;
     message.block.total = n_block_bytes;
+    /* A full queue is no loss: the same piece is tried again at the next tick. */
     const kvl_owner owner = {.container = stream->container};
     if (kvl_send(p, link, &message, &frame, 1, owner) < 0) {
         stream->stalled = true;
@@ -85,6 +88,8 @@ static bool send_piece(kvl_protocol *p, kvl_link link, kvl_stream *stream, int64
     return true;
 }
 
+/* Sends all that the credit allows in one go: queueing a piece takes a microsecond or two, because
+ * its bytes stay where they are. */
 static void pump(kvl_protocol *p, kvl_link link, kvl_stream *stream, int64_t now_ns)
 {
     stream->stalled = false;
@@ -155,8 +160,8 @@ void kvl_serve_fetch(kvl_protocol *p, kvl_link link, const kvl_message *message,
     kvl_container *container = NULL;
     kvl_error error;
     error.text[0] = '\0';
-    kvl_status status =
-        p->store->ops->get(p->store, &message->fetch.id, false, &container, &error);
+    kvl_status status = p->store->ops->get(p->store, &message->fetch.id, false, &container, &error);
+    /* A store may hold containers of an earlier model; for this asker they are not there. */
     if (status == KVL_OK &&
         !kvl_digest_equal(&kvl_container_info_of(container)->fingerprint, &p->fingerprint)) {
         kvl_container_release(container);
@@ -229,6 +234,8 @@ void kvl_serve_end(kvl_protocol *p, kvl_link link)
     }
 }
 
+/* Runs inside the tier, which must not be called back: only ids are noted here, and looked at
+ * afterwards, a few at a time. */
 static bool collect_id(void *context, const kvl_digest *id, kvl_container_kind kind,
                        uint64_t n_bytes)
 {
@@ -277,6 +284,7 @@ void kvl_serve_list(kvl_protocol *p, kvl_link link, const kvl_message *message,
     p->store->ops->list(p->store, collect_id, place);
 }
 
+/* A container that has gone since the ids were collected simply does not match. */
 static bool matches(kvl_protocol *p, const kvl_listing *listing, const kvl_digest *id)
 {
     if (listing->n_prefix_bytes == 0) return true;
@@ -299,6 +307,8 @@ static void send_list(kvl_protocol *p, const kvl_listing *listing)
     (void)kvl_send(p, listing->link, &message, &frame, n_bytes > 0 ? 1 : 0, KVL_NO_OWNER);
 }
 
+/* Thousands of headers take tens of milliseconds to look at; in steps, blocks and pings of others
+ * get through in between. The answer grows at the front of the array of candidates. */
 bool kvl_serve_work(kvl_protocol *p)
 {
     for (size_t i = 0; i < KVL_LISTINGS_MAX; i++) {

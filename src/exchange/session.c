@@ -55,6 +55,8 @@ static void open_session(kvl_protocol *p, kvl_link link, const kvl_message *mess
                session->epoch);
 }
 
+/* A repeated Hello of the same process gets its Welcome again and changes nothing else: it may only
+ * mean that our answer was late. */
 static void take_hello(kvl_protocol *p, kvl_link link, const kvl_message *message, int64_t now_ns)
 {
     kvl_session *session = kvl_session_of(p, link);
@@ -91,10 +93,9 @@ static void take_announce(kvl_protocol *p, const kvl_session *session, const kvl
 static bool may_share(kvl_protocol *p, kvl_link link, const kvl_message *message)
 {
     if (kvl_session_of(p, link)->shares_kv && p->store != NULL) return true;
-    kvl_send_error(p, link, message->request,
-                   p->store == NULL ? KVL_ERR_UNSUPPORTED : KVL_ERR_FOREIGN,
-                   p->store == NULL ? "%s has no store" : "%s runs a model, the asker named none",
-                   p->name);
+    kvl_send_error(
+        p, link, message->request, p->store == NULL ? KVL_ERR_UNSUPPORTED : KVL_ERR_FOREIGN,
+        p->store == NULL ? "%s has no store" : "%s runs a model, the asker named none", p->name);
     return false;
 }
 
@@ -129,10 +130,12 @@ static void take_question(kvl_protocol *p, kvl_link link, const kvl_message *mes
     }
     kvl_error error;
     KVL_NOTE(&error, KVL_ERR_MALFORMED, "%s is nothing that an asker sends",
-                                       kvl_message_kind_name(message->kind));
+             kvl_message_kind_name(message->kind));
     kvl_protocol_refuse(p, link, message->request, &error);
 }
 
+/* Without a session nothing is answered but the way to get one. This is also how an asker learns
+ * that this process has restarted behind its back. */
 void kvl_session_receive(kvl_protocol *p, kvl_link link, const kvl_message *message,
                          const kvl_frame *frames, size_t n_frames, int64_t now_ns)
 {

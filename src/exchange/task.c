@@ -40,6 +40,7 @@ static kvl_task *find_task(kvl_protocol *p, kvl_link link, uint64_t request)
     return NULL;
 }
 
+/* Whether the number came before, exactly for the latest ones and by order for older ones. */
 static bool was_seen(const kvl_session *session, uint64_t request)
 {
     if (session->n_tasks > KVL_TASKS_REMEMBERED && request <= session->task_floor) return true;
@@ -73,6 +74,7 @@ static bool drop_oldest_reply(kvl_protocol *p)
     return true;
 }
 
+/* Replies that are only kept in case they were lost give way to tasks that want to run. */
 static kvl_task *free_task(kvl_protocol *p)
 {
     for (int round = 0; round < 2; round++) {
@@ -100,6 +102,7 @@ static void send_reply(kvl_protocol *p, kvl_link link, uint64_t request, kvl_sta
     (void)kvl_send(p, link, &message, frames, n_frames, owner);
 }
 
+/* Hands the body over in one piece; one frame, by far the most frequent case, is not copied. */
 static void run(kvl_protocol *p, kvl_task *task, const kvl_frame *frames, size_t n_frames)
 {
     const uint64_t number = number_of(p, task);
@@ -141,10 +144,9 @@ void kvl_task_receive(kvl_protocol *p, kvl_link link, const kvl_message *message
     }
     if (was_seen(session, message->request)) return; /* it ran, and its asker is done with it */
     if (!p->runs_tasks || message->task.body_bytes > KVL_TASK_BYTES_MAX) {
-        send_reply(p, link, message->request,
-                   p->runs_tasks ? KVL_ERR_TOO_LARGE : KVL_ERR_UNSUPPORTED,
-                   p->runs_tasks ? "the task is larger than 64 MiB" : "this host runs no tasks",
-                   NULL);
+        send_reply(
+            p, link, message->request, p->runs_tasks ? KVL_ERR_TOO_LARGE : KVL_ERR_UNSUPPORTED,
+            p->runs_tasks ? "the task is larger than 64 MiB" : "this host runs no tasks", NULL);
         return;
     }
     kvl_task *task = free_task(p);
@@ -176,6 +178,7 @@ void kvl_task_poll(kvl_protocol *p, kvl_link link, uint64_t request)
     }
 }
 
+/* A task that runs is not interrupted, it only loses its audience: handlers cannot be stopped. */
 void kvl_task_done(kvl_protocol *p, kvl_link link, uint64_t request)
 {
     kvl_task *task = find_task(p, link, request);
@@ -187,6 +190,7 @@ void kvl_task_done(kvl_protocol *p, kvl_link link, uint64_t request)
     }
 }
 
+/* The session is over. Running tasks keep their places until their handlers answer. */
 void kvl_task_end(kvl_protocol *p, kvl_link link)
 {
     for (size_t i = 0; i < KVL_TASKS_MAX; i++) {
@@ -215,6 +219,7 @@ void kvl_protocol_reply(kvl_protocol *p, uint64_t number, kvl_status status, con
         kvl_bulk_release(body);
         return;
     }
+    /* Whoever asked has given up or gone; this frees the place. */
     if (task->unwanted) {
         kvl_bulk_release(body);
         kvl_task_free(p, task);

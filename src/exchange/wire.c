@@ -159,13 +159,15 @@ static void set_error(const kvl_message *from, parts *to)
 }
 
 /* Sets the member of the union and its case; INIT fills the part. */
-#define BODY(KIND, member, INIT)                                                                  \
-    case KVL_MESSAGE_##KIND:                                                                      \
-        INIT;                                                                                     \
-        to->body_case = KVLOOM__V1__ENVELOPE__BODY_##KIND;                                        \
-        to->member = (void *)&room->empty;                                                        \
+#define BODY(KIND, member, INIT)                                                                   \
+    case KVL_MESSAGE_##KIND:                                                                       \
+        INIT;                                                                                      \
+        to->body_case = KVLOOM__V1__ENVELOPE__BODY_##KIND;                                         \
+        to->member = (void *)&room->empty;                                                         \
         break
 
+/* All members of the union in `parts` begin with protobuf-c's own base, so one pointer does for
+ * every kind; the case says which it is. */
 static void set_body(const kvl_message *from, envelope *to, parts *room)
 {
     switch (from->kind) {
@@ -243,6 +245,8 @@ typedef struct decoding {
     kvl_error *error;
 } decoding;
 
+/* One form for every refusal: whoever wrote the other side sees the field, the value that came and
+ * what is allowed. */
 static kvl_status refuse(const decoding *d, const char *field, uint64_t value, const char *wanted)
 {
     return KVL_FAIL(d->error, KVL_ERR_MALFORMED, "%s.%s is %llu, must be %s",
@@ -280,6 +284,8 @@ static kvl_status take_text(const decoding *d, const char *from, char *to, size_
     return KVL_OK;
 }
 
+/* What a control part says about its bulk must be true to the byte: later code copies by these
+ * numbers and does not look at the frames again. */
 static kvl_status take_frames(const decoding *d, uint64_t n_bytes, size_t n_frames_max)
 {
     if (d->n_frames > n_frames_max) {
@@ -291,6 +297,8 @@ static kvl_status take_frames(const decoding *d, uint64_t n_bytes, size_t n_fram
     return KVL_OK;
 }
 
+/* Magic, versions and fingerprint are not judged here: the protocol answers a mismatch with a text
+ * that names both sides, and that needs a Hello that could be read. */
 static kvl_status take_hello(const decoding *d, const Kvloom__V1__Hello *from)
 {
     kvl_message_hello *to = &d->message->hello;
@@ -359,6 +367,7 @@ static kvl_status take_announce(const decoding *d, const Kvloom__V1__Announce *f
     return take_frames(d, 0, 0);
 }
 
+/* Beginning in the middle makes sense only for somebody who has the header already. */
 static kvl_status take_fetch(const decoding *d, const Kvloom__V1__Fetch *from)
 {
     kvl_message *to = d->message;
@@ -437,6 +446,7 @@ static kvl_status take_task(const decoding *d, const Kvloom__V1__Task *from)
     return take_frames(d, from->body_bytes, KVL_FRAMES_MAX);
 }
 
+/* A status above IN_PROGRESS is none, and only a success carries a body. */
 static kvl_status take_reply(const decoding *d, const Kvloom__V1__TaskReply *from)
 {
     kvl_message *to = d->message;
@@ -462,7 +472,7 @@ static kvl_status take_error(const decoding *d, const Kvloom__V1__Error *from)
     return take_frames(d, 0, 0);
 }
 
-#define BODY(KIND, TAKE)                                                                          \
+#define BODY(KIND, TAKE)                                                                           \
     case KVLOOM__V1__ENVELOPE__BODY_##KIND: d->message->kind = KVL_MESSAGE_##KIND; return TAKE
 
 static kvl_status take_body(const decoding *d, const envelope *from)
@@ -493,8 +503,8 @@ static kvl_status take_body(const decoding *d, const envelope *from)
     case KVLOOM__V1__ENVELOPE__BODY__NOT_SET:
     default: break;
     }
-    return KVL_FAIL(d->error, KVL_ERR_MALFORMED, "a message of a kind that version %u does not know",
-                    KVL_PROTOCOL_VERSION_MAX);
+    return KVL_FAIL(d->error, KVL_ERR_MALFORMED,
+                    "a message of a kind that version %u does not know", KVL_PROTOCOL_VERSION_MAX);
 }
 #undef BODY
 
@@ -515,8 +525,9 @@ kvl_status kvl_wire_decode(kvl_wire_decoder *decoder, const void *bytes, size_t 
     decoding d = {message, n_frames, 0, error};
     for (size_t i = 0; i < n_frames; i++) {
         if (frames[i].n_bytes > KVL_FRAME_BYTES_MAX) {
-            return KVL_FAIL(error, KVL_ERR_TOO_LARGE, "a bulk frame of %zu bytes, must be at most %u",
-                            frames[i].n_bytes, KVL_FRAME_BYTES_MAX);
+            return KVL_FAIL(error, KVL_ERR_TOO_LARGE,
+                            "a bulk frame of %zu bytes, must be at most %u", frames[i].n_bytes,
+                            KVL_FRAME_BYTES_MAX);
         }
         d.frame_bytes += frames[i].n_bytes;
     }

@@ -22,7 +22,7 @@ typedef struct kvl_wire_decoder {
 size_t kvl_wire_encode(const kvl_message *message, uint8_t bytes[KVL_CONTROL_BYTES_MAX]);
 
 /* Reads a control part and checks it together with the sizes of its frames.
- * Errors   KVL_ERR_MALFORMED, KVL_ERR_TOO_LARGE: `error` names the message, the field and the value.
+ * Errors   KVL_ERR_MALFORMED, KVL_ERR_TOO_LARGE: `error` names message, field and value.
  *          message->request is set where it could be read, so that the sender can be told. */
 KVL_MUST_USE kvl_status kvl_wire_decode(kvl_wire_decoder *decoder, const void *bytes,
                                         size_t n_bytes, const kvl_frame *frames, size_t n_frames,

@@ -62,9 +62,10 @@ static kvl_status check_ipc(const char *endpoint, const char *path, kvl_error *e
                         "endpoint %.200s: after ipc:// there must be the path of a file", endpoint);
     }
     if (strlen(path) > path_bytes_max) {
-        return KVL_FAIL(error, KVL_ERR_INVALID,
-                        "endpoint %.200s: the path has %zu bytes, the system allows %zu: use a shorter one",
-                        endpoint, strlen(path), path_bytes_max);
+        return KVL_FAIL(
+            error, KVL_ERR_INVALID,
+            "endpoint %.200s: the path has %zu bytes, the system allows %zu: use a shorter one",
+            endpoint, strlen(path), path_bytes_max);
     }
     return KVL_OK;
 }
@@ -77,8 +78,8 @@ static kvl_status check_tcp(const char *endpoint, const char *address, kvl_error
     const unsigned long port = colon == NULL ? 0 : strtoul(colon + 1, &end, 10);
     if (colon == NULL || colon[1] < '0' || colon[1] > '9' || errno != 0 || *end != '\0' ||
         port == 0 || port > 65535) {
-        return KVL_FAIL(error, KVL_ERR_INVALID,
-                        "endpoint %.200s: must end with a port, 1 to 65535", endpoint);
+        return KVL_FAIL(error, KVL_ERR_INVALID, "endpoint %.200s: must end with a port, 1 to 65535",
+                        endpoint);
     }
     const size_t n = (size_t)(colon - address);
     unsigned a = 0, b = 0, c = 0;
@@ -88,18 +89,19 @@ static kvl_status check_tcp(const char *endpoint, const char *address, kvl_error
     const bool v6 = n == strlen("[::1]") && strncmp(address, "[::1]", n) == 0;
     const bool named = n == strlen("localhost") && strncmp(address, "localhost", n) == 0;
     if (v4 || v6 || named) return KVL_OK;
-    return KVL_FAIL(error, KVL_ERR_DENIED,
-                    "endpoint %.200s is not on this machine's loopback; this version has no keys for "
-                    "connections between machines: use ipc:// or tcp://127.0.0.1:PORT",
-                    endpoint);
+    return KVL_FAIL(
+        error, KVL_ERR_DENIED,
+        "endpoint %.200s is not on this machine's loopback; this version has no keys for "
+        "connections between machines: use ipc:// or tcp://127.0.0.1:PORT",
+        endpoint);
 }
 
 kvl_status kvl_endpoint_check(const char *endpoint, kvl_error *error)
 {
     if (strncmp(endpoint, "ipc://", 6) == 0) return check_ipc(endpoint, endpoint + 6, error);
     if (strncmp(endpoint, "tcp://", 6) == 0) return check_tcp(endpoint, endpoint + 6, error);
-    return KVL_FAIL(error, KVL_ERR_INVALID,
-                    "endpoint %.200s: must begin with ipc:// or tcp://", endpoint);
+    return KVL_FAIL(error, KVL_ERR_INVALID, "endpoint %.200s: must begin with ipc:// or tcp://",
+                    endpoint);
 }
 
 static kvl_status fail_errno(kvl_error *error, const char *what, const char *endpoint)
@@ -161,6 +163,8 @@ static void set_int(void *socket, int option, int value)
     KVL_ASSERT(zmq_setsockopt(socket, option, &value, sizeof value) == 0);
 }
 
+/* Every queue has an end, and no frame is larger than the protocol's: ZeroMQ cuts a connection that
+ * announces more before it allocates anything. */
 static void *open_socket(kvl_transport *t, int type)
 {
     void *socket = zmq_socket(t->zmq, type);
@@ -189,7 +193,8 @@ static kvl_status bind_router(kvl_transport *t, const char *endpoint, kvl_error 
     if (zmq_bind(t->router, endpoint) != 0) return fail_errno(error, "listen at", endpoint);
     if (!is_file) return KVL_OK;
     struct stat about;
-    if (chmod(path, 0600) != 0 || lstat(path, &about) != 0) return fail_errno(error, "protect", path);
+    if (chmod(path, 0600) != 0 || lstat(path, &about) != 0)
+        return fail_errno(error, "protect", path);
     (void)snprintf(t->socket_path, sizeof t->socket_path, "%s", path);
     t->socket_device = about.st_dev;
     t->socket_inode = about.st_ino;
@@ -206,12 +211,15 @@ static void remove_socket_file(const kvl_transport *t)
     }
 }
 
+/* The identity has the epoch in it, so a restarted process never inherits what waits for the one
+ * before it. */
 static kvl_status dial(kvl_transport *t, const kvl_transport_options *options, uint32_t i,
                        kvl_error *error)
 {
     const char *endpoint = options->peers[i].endpoint;
     char identity[KVL_NAME_BYTES_MAX + 18];
-    const int n = snprintf(identity, sizeof identity, "%s#%016" PRIx64, options->name, options->epoch);
+    const int n =
+        snprintf(identity, sizeof identity, "%s#%016" PRIx64, options->name, options->epoch);
     KVL_ASSERT(n > 0 && (size_t)n < sizeof identity);
     void *dealer = t->dealers[i] = open_socket(t, ZMQ_DEALER);
     if (dealer == NULL) return fail_errno(error, "open a socket for", endpoint);
@@ -222,7 +230,8 @@ static kvl_status dial(kvl_transport *t, const kvl_transport_options *options, u
 
     char watch[64];
     (void)snprintf(watch, sizeof watch, "inproc://monitor-%u", i);
-    if (zmq_socket_monitor(dealer, watch, ZMQ_EVENT_HANDSHAKE_SUCCEEDED | ZMQ_EVENT_DISCONNECTED) != 0) {
+    if (zmq_socket_monitor(dealer, watch, ZMQ_EVENT_HANDSHAKE_SUCCEEDED | ZMQ_EVENT_DISCONNECTED) !=
+        0) {
         return fail_errno(error, "watch the connection to", endpoint);
     }
     t->monitors[i] = zmq_socket(t->zmq, ZMQ_PAIR);
@@ -274,6 +283,7 @@ kvl_status kvl_transport_open(const kvl_transport_options *options, kvl_transpor
     return KVL_OK;
 }
 
+/* Ending the context waits for ZeroMQ's thread, so after this no frame is held any more. */
 void kvl_transport_close(kvl_transport *t)
 {
     if (t == NULL) return;
@@ -305,6 +315,8 @@ static void release_bulk(void *bytes, void *bulk)
     kvl_bulk_release(bulk);
 }
 
+/* The reference is taken after the message exists: from then on ZeroMQ is sure to release it, even
+ * when the message is never sent. */
 static bool make_part(zmq_msg_t *part, const void *bytes, size_t n_bytes, kvl_owner owner)
 {
     const bool owned = owner.container != NULL || owner.bulk != NULL;
@@ -468,6 +480,7 @@ static void drain_dealer(kvl_transport *t, uint32_t peer, int n_turns,
     }
 }
 
+/* The events come in the order in which they happened, each in a message of its own. */
 static void drain_monitor(kvl_transport *t, uint32_t peer, const kvl_transport_events *events)
 {
     for (;;) {
@@ -475,7 +488,8 @@ static void drain_monitor(kvl_transport *t, uint32_t peer, const kvl_transport_e
         const size_t n = receive_parts(t->monitors[peer], parts);
         if (n == 0) return;
         uint16_t what = 0;
-        if (zmq_msg_size(&parts[0]) >= sizeof what) memcpy(&what, zmq_msg_data(&parts[0]), sizeof what);
+        if (zmq_msg_size(&parts[0]) >= sizeof what)
+            memcpy(&what, zmq_msg_data(&parts[0]), sizeof what);
         close_parts(parts, n);
         if (what == ZMQ_EVENT_HANDSHAKE_SUCCEEDED) {
             /* Asking for events lets the socket take note of its new connection, so that the Hello

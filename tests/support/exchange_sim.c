@@ -103,11 +103,11 @@ static bool happens(sim *s, uint32_t of_thousand)
     return !s->calm && below(s, 1000) < of_thousand;
 }
 
-#define VIOLATE(s, ...)                                                                           \
-    do {                                                                                          \
-        if ((s)->report->violation[0] == '\0') {                                                  \
-            (void)snprintf((s)->report->violation, sizeof(s)->report->violation, __VA_ARGS__);    \
-        }                                                                                         \
+#define VIOLATE(s, ...)                                                                            \
+    do {                                                                                           \
+        if ((s)->report->violation[0] == '\0') {                                                   \
+            (void)snprintf((s)->report->violation, sizeof(s)->report->violation, __VA_ARGS__);     \
+        }                                                                                          \
     } while (0)
 
 /* ---- the event queue ---- */
@@ -293,8 +293,7 @@ static void arrive(sim *s, const event *e)
     host *to = &s->hosts[e->to];
     if (to->life == 0 || to->life != e->to_life) return;
     const uint32_t slot = e->from_asker ? slot_of(to, e->from, e->from_life) : 0;
-    const kvl_link link =
-        e->from_asker ? KVL_LINK_CLIENT + slot : peer_of_host(to->index, e->from);
+    const kvl_link link = e->from_asker ? KVL_LINK_CLIENT + slot : peer_of_host(to->index, e->from);
     kvl_message message;
     kvl_error error;
     if (kvl_wire_decode(&s->decoder, e->bytes, e->n_control_bytes, e->frames, e->n_frames, &message,
@@ -325,8 +324,8 @@ static void check_container(sim *s, const request *r, kvl_container *container)
 {
     bool known = false;
     for (uint32_t i = 0; i < s->options->n_hosts && !known; i++) {
-        known = holds(s, i, r->number) && tiny_container_is(container, r->number,
-                                                            variant_of(r->number, i));
+        known = holds(s, i, r->number) &&
+                tiny_container_is(container, r->number, variant_of(r->number, i));
     }
     if (!known) VIOLATE(s, "fetch of %u gave bytes that nobody has", r->number);
     if (!kvl_container_is_sealed(container)) VIOLATE(s, "fetch of %u is not sealed", r->number);
@@ -353,7 +352,8 @@ static void check_reply(sim *s, const request *r, const kvl_completion *completi
 {
     const uint8_t *bytes = completion->reply;
     const uint32_t index = (uint32_t)(r - s->requests);
-    if (completion->n_reply_bytes != index % BODY_BYTES_MAX) VIOLATE(s, "reply %u has a wrong size", index);
+    if (completion->n_reply_bytes != index % BODY_BYTES_MAX)
+        VIOLATE(s, "reply %u has a wrong size", index);
     for (size_t i = 0; i < completion->n_reply_bytes; i++) {
         if (bytes[i] != reply_byte(index, r->peer, i)) {
             VIOLATE(s, "reply %u is not that of its task", index);
@@ -543,7 +543,8 @@ static void kill_host(sim *s, uint32_t index)
         }
     }
     h->life = 0;
-    push_for_host(s, EVENT_REVIVE, index, index, s->now_ns + (int64_t)below(s, 1500) * KVL_NS_PER_MS);
+    push_for_host(s, EVENT_REVIVE, index, index,
+                  s->now_ns + (int64_t)below(s, 1500) * KVL_NS_PER_MS);
 }
 
 static void connect_hosts(sim *s, const event *e)
@@ -597,7 +598,8 @@ static void fill_stores(sim *s)
         tiny_store_init(&s->hosts[i].store);
         for (uint32_t n = 0; n < NUMBERS_HELD; n++) {
             if (!holds(s, i, n)) continue;
-            tiny_shape shape = {.n_blocks = 1 + n % 6, .block_bytes = 8 + 1000 * (n % 4), .group = n % GROUPS};
+            tiny_shape shape = {
+                .n_blocks = 1 + n % 6, .block_bytes = 8 + 1000 * (n % 4), .group = n % GROUPS};
             if (n == 1) shape.block_bytes = 1200000; /* more than a piece */
             KVL_ASSERT(tiny_store_add(&s->hosts[i].store, n, variant_of(n, i), &shape));
         }
@@ -607,7 +609,8 @@ static void fill_stores(sim *s)
 static void plan(sim *s)
 {
     const kvl_sim_options *o = s->options;
-    for (uint32_t i = 0; i < o->n_hosts; i++) push_for_host(s, EVENT_REVIVE, i, i, (int64_t)i * 1000000);
+    for (uint32_t i = 0; i < o->n_hosts; i++)
+        push_for_host(s, EVENT_REVIVE, i, i, (int64_t)i * 1000000);
     for (uint32_t i = 0; i < o->n_requests; i++) {
         const int64_t at_ns = (int64_t)kvl_random_below(&s->random, (uint64_t)chaos_ns);
         push_for_host(s, EVENT_REQUEST, below(s, o->n_hosts), 0, at_ns);

@@ -24,8 +24,8 @@ typedef struct kvl_sim_report {
     uint64_t n_messages, n_requests, n_ended, n_ok, n_unreachable, n_timeout, n_not_found;
     uint64_t n_kills, n_tasks_run, n_blocks_damaged, n_refused;
     uint64_t under_way_bytes_max; /* of blocks, from one host to another */
-    uint64_t n_final_ok, n_final;  /* requests after all faults have stopped */
-    char violation[256];           /* "": none */
+    uint64_t n_final_ok, n_final; /* requests after all faults have stopped */
+    char violation[256];          /* "": none */
 } kvl_sim_report;
 
 void kvl_sim_run(const kvl_sim_options *options, kvl_sim_report *report);

@@ -11,7 +11,6 @@
 #include <cmocka.h>
 
 #include "base/alloc.h"
-#include "exchange/directory.h"
 #include "exchange/protocol.h"
 #include "test_random.h"
 #include "tiny_store.h"
@@ -159,11 +158,13 @@ static const sent *latest(kvl_link link, kvl_message_kind kind)
 static size_t count_sent(kvl_link link, kvl_message_kind kind)
 {
     size_t n = 0;
-    for (size_t i = 0; i < n_sent; i++) n += outbox[i].link == link && outbox[i].message.kind == kind;
+    for (size_t i = 0; i < n_sent; i++)
+        n += outbox[i].link == link && outbox[i].message.kind == kind;
     return n;
 }
 
-static kvl_message hello_of(kvl_message_kind kind, const char *name, uint64_t epoch, uint64_t request)
+static kvl_message hello_of(kvl_message_kind kind, const char *name, uint64_t epoch,
+                            uint64_t request)
 {
     kvl_message message = message_of(kind, epoch, request);
     message.hello.magic = KVL_PROTOCOL_MAGIC;
@@ -221,8 +222,8 @@ static void test_a_wrong_name_behind_an_endpoint_is_refused(void **state)
 {
     (void)state;
     kvl_protocol_connected(protocol, 0, now_ns);
-    const kvl_message welcome = hello_of(KVL_MESSAGE_WELCOME, "b", 9,
-                                         latest(0, KVL_MESSAGE_HELLO)->message.request);
+    const kvl_message welcome =
+        hello_of(KVL_MESSAGE_WELCOME, "b", 9, latest(0, KVL_MESSAGE_HELLO)->message.request);
     give(0, &welcome, NULL, 0);
     assert_false(kvl_protocol_peer_is_up(protocol, 0));
     kvl_bulk *body = kvl_bulk_copy("x", 1);
@@ -268,8 +269,8 @@ static void test_a_restarted_peer_is_known_by_its_epoch(void **state)
     pass_ms(200);
     give_plain(0, KVL_MESSAGE_PONG, 11, 0); /* no disconnection was seen, but it is a new process */
     assert_true(kvl_protocol_peer_is_up(protocol, 0));
-    const kvl_message welcome = hello_of(KVL_MESSAGE_WELCOME, "a", 11,
-                                         latest(0, KVL_MESSAGE_HELLO)->message.request);
+    const kvl_message welcome =
+        hello_of(KVL_MESSAGE_WELCOME, "a", 11, latest(0, KVL_MESSAGE_HELLO)->message.request);
     give(0, &welcome, NULL, 0);
     assert_true(kvl_protocol_peer_is_up(protocol, 0));
     assert_int_equal(n_ended, 1);
@@ -351,8 +352,8 @@ static kvl_message begin_fetch(void)
     return latest(0, KVL_MESSAGE_FETCH)->message;
 }
 
-static kvl_message header_for(const kvl_message *fetch, kvl_container *container, const void **bytes,
-                              size_t *n_bytes)
+static kvl_message header_for(const kvl_message *fetch, kvl_container *container,
+                              const void **bytes, size_t *n_bytes)
 {
     *bytes = kvl_container_header(container, n_bytes);
     kvl_message header = message_of(KVL_MESSAGE_FETCH_HEADER, 10, fetch->request);
@@ -672,34 +673,6 @@ static void test_too_many_requests_are_busy(void **state)
     assert_int_equal(ended.status, KVL_ERR_TIMEOUT);
 }
 
-/* ---- the directory ---- */
-
-static void test_the_directory_remembers_and_forgets(void **state)
-{
-    (void)state;
-    kvl_peer_directory *directory = kvl_peer_directory_create(5);
-    for (uint64_t k = 0; k < 4 * KVL_DIRECTORY_IDS; k++) {
-        const kvl_digest id = tiny_id(k);
-        kvl_peer_directory_add(directory, &id, (uint32_t)(k % 64));
-        assert_int_equal(kvl_peer_directory_find(directory, &id), UINT64_C(1) << (k % 64));
-    }
-    size_t n_found = 0;
-    for (uint64_t k = 0; k < 4 * KVL_DIRECTORY_IDS; k++) {
-        const kvl_digest id = tiny_id(k);
-        const uint64_t peers = kvl_peer_directory_find(directory, &id);
-        assert_true(peers == 0 || peers == UINT64_C(1) << (k % 64));
-        n_found += peers != 0;
-    }
-    assert_true(n_found <= KVL_DIRECTORY_IDS && n_found > KVL_DIRECTORY_IDS * 9 / 10);
-    const kvl_digest last = tiny_id(4 * KVL_DIRECTORY_IDS - 1);
-    kvl_peer_directory_add(directory, &last, 2);
-    kvl_peer_directory_forget_peer(directory, 63);
-    assert_int_equal(kvl_peer_directory_find(directory, &last), 4);
-    kvl_peer_directory_remove(directory, &last, 2);
-    assert_int_equal(kvl_peer_directory_find(directory, &last), 0);
-    kvl_peer_directory_destroy(directory);
-}
-
 /* ---- memory ---- */
 
 /* One of everything; statuses do not matter, leaks and crashes do. */
@@ -798,7 +771,6 @@ int main(void)
         CASE(test_a_repeated_task_runs_once),
         CASE(test_too_many_tasks_are_busy),
         CASE(test_too_many_requests_are_busy),
-        CASE(test_the_directory_remembers_and_forgets),
         CASE(test_every_allocation_may_fail),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -87,9 +87,11 @@ static void prepare(uint32_t n_hosts, bool tcp)
         memset(&hosts[i], 0, sizeof hosts[i]);
         (void)snprintf(hosts[i].name, sizeof hosts[i].name, "h%u", i);
         if (tcp) {
-            (void)snprintf(hosts[i].endpoint, sizeof hosts[i].endpoint, "tcp://127.0.0.1:%d", port++);
+            (void)snprintf(hosts[i].endpoint, sizeof hosts[i].endpoint, "tcp://127.0.0.1:%d",
+                           port++);
         } else {
-            (void)snprintf(hosts[i].endpoint, sizeof hosts[i].endpoint, "ipc://%s/h%u", directory, i);
+            (void)snprintf(hosts[i].endpoint, sizeof hosts[i].endpoint, "ipc://%s/h%u", directory,
+                           i);
         }
         tiny_store_init(&hosts[i].store);
     }
@@ -131,7 +133,8 @@ static kvl_status fetch(uint32_t host, uint64_t number, kvl_container **containe
 {
     const kvl_digest id = tiny_id(number);
     kvl_error error;
-    return kvl_exchange_fetch(hosts[host].exchange, &id, in_ms(WAIT_MS), container, from, 8, &error);
+    return kvl_exchange_fetch(hosts[host].exchange, &id, in_ms(WAIT_MS), container, from, 8,
+                              &error);
 }
 
 /* ---- fetching ---- */
@@ -141,7 +144,8 @@ static void check_fetches(bool tcp)
     static const tiny_shape shapes[] = {
         {.n_blocks = 1, .block_bytes = 8},
         {.n_blocks = 30, .block_bytes = 40000},
-        {.n_blocks = 3, .block_bytes = (5u << 20) + 24}, /* several pieces a block, more than a window */
+        {.n_blocks = 3,
+         .block_bytes = (5u << 20) + 24}, /* several pieces a block, more than a window */
     };
     prepare(2, tcp);
     for (uint64_t k = 0; k < 3; k++) assert_true(tiny_store_add(&hosts[1].store, k, 0, &shapes[k]));
@@ -343,20 +347,20 @@ static void test_tasks_are_answered_once(void **state)
     void *reply = NULL;
     size_t n = 0;
     kvl_error error;
-    assert_int_equal(kvl_exchange_call(hosts[0].exchange, "h1", "fail", 4, in_ms(WAIT_MS), &reply, &n,
-                                       &error),
-                     KVL_ERR_DENIED);
+    assert_int_equal(
+        kvl_exchange_call(hosts[0].exchange, "h1", "fail", 4, in_ms(WAIT_MS), &reply, &n, &error),
+        KVL_ERR_DENIED);
     assert_string_equal(error.text, "not today");
-    assert_int_equal(kvl_exchange_call(hosts[0].exchange, "h1", "mute", 4, in_ms(100), &reply, &n,
-                                       &error),
-                     KVL_ERR_TIMEOUT);
+    assert_int_equal(
+        kvl_exchange_call(hosts[0].exchange, "h1", "mute", 4, in_ms(100), &reply, &n, &error),
+        KVL_ERR_TIMEOUT);
     /* h0 runs none, and nobody is called h7. */
-    assert_int_equal(kvl_exchange_call(hosts[1].exchange, "h0", "x", 1, in_ms(WAIT_MS), &reply, &n,
-                                       &error),
-                     KVL_ERR_UNSUPPORTED);
-    assert_int_equal(kvl_exchange_call(hosts[1].exchange, "h7", "x", 1, in_ms(WAIT_MS), &reply, &n,
-                                       &error),
-                     KVL_ERR_INVALID);
+    assert_int_equal(
+        kvl_exchange_call(hosts[1].exchange, "h0", "x", 1, in_ms(WAIT_MS), &reply, &n, &error),
+        KVL_ERR_UNSUPPORTED);
+    assert_int_equal(
+        kvl_exchange_call(hosts[1].exchange, "h7", "x", 1, in_ms(WAIT_MS), &reply, &n, &error),
+        KVL_ERR_INVALID);
     stop_all(2);
 }
 
@@ -403,9 +407,9 @@ static void test_stopping_cancels(void **state)
     assert_int_equal(pthread_create(&stopper, NULL, stop_soon, NULL), 0);
     void *reply = NULL;
     size_t n = 0;
-    assert_int_equal(kvl_exchange_call(hosts[0].exchange, "h1", "mute", 4, in_ms(WAIT_MS), &reply, &n,
-                                       NULL),
-                     KVL_ERR_CANCELLED);
+    assert_int_equal(
+        kvl_exchange_call(hosts[0].exchange, "h1", "mute", 4, in_ms(WAIT_MS), &reply, &n, NULL),
+        KVL_ERR_CANCELLED);
     (void)pthread_join(stopper, NULL);
     assert_true(wait_for_peer(hosts[1].exchange, "h0", false));
     stop_all(2);
@@ -425,9 +429,9 @@ static void test_a_foreign_model_is_refused_by_name(void **state)
     void *reply = NULL;
     size_t n = 0;
     kvl_error error;
-    assert_int_equal(kvl_exchange_call(hosts[0].exchange, "h1", "x", 1, in_ms(WAIT_MS), &reply, &n,
-                                       &error),
-                     KVL_ERR_UNREACHABLE);
+    assert_int_equal(
+        kvl_exchange_call(hosts[0].exchange, "h1", "x", 1, in_ms(WAIT_MS), &reply, &n, &error),
+        KVL_ERR_UNREACHABLE);
     char mine[KVL_DIGEST_TEXT_BYTES], theirs[KVL_DIGEST_TEXT_BYTES];
     assert_non_null(strstr(error.text, kvl_digest_to_text(&hosts[0].fingerprint, mine)));
     assert_non_null(strstr(error.text, kvl_digest_to_text(&hosts[1].fingerprint, theirs)));
@@ -444,12 +448,18 @@ static void test_endpoints_are_checked(void **state)
         const char *endpoint;
         kvl_status status;
     } cases[] = {
-        {"tcp://0.0.0.0:4000", KVL_ERR_DENIED},  {"tcp://192.168.1.7:4000", KVL_ERR_DENIED},
-        {"tcp://*:4000", KVL_ERR_DENIED},        {"tcp://127.0.0.1.evil.org:4000", KVL_ERR_DENIED},
-        {"tcp://127.0.0.1", KVL_ERR_INVALID},    {"tcp://127.0.0.1:0", KVL_ERR_INVALID},
-        {"tcp://127.0.0.1:65536", KVL_ERR_INVALID}, {"tcp://127.0.0.1:*", KVL_ERR_INVALID},
-        {"ipc://", KVL_ERR_INVALID},             {"ipc://@abstract", KVL_ERR_INVALID},
-        {"inproc://x", KVL_ERR_INVALID},         {"", KVL_ERR_INVALID},
+        {"tcp://0.0.0.0:4000", KVL_ERR_DENIED},
+        {"tcp://192.168.1.7:4000", KVL_ERR_DENIED},
+        {"tcp://*:4000", KVL_ERR_DENIED},
+        {"tcp://127.0.0.1.evil.org:4000", KVL_ERR_DENIED},
+        {"tcp://127.0.0.1", KVL_ERR_INVALID},
+        {"tcp://127.0.0.1:0", KVL_ERR_INVALID},
+        {"tcp://127.0.0.1:65536", KVL_ERR_INVALID},
+        {"tcp://127.0.0.1:*", KVL_ERR_INVALID},
+        {"ipc://", KVL_ERR_INVALID},
+        {"ipc://@abstract", KVL_ERR_INVALID},
+        {"inproc://x", KVL_ERR_INVALID},
+        {"", KVL_ERR_INVALID},
         {"ipc:///dev/null", KVL_ERR_IO}, /* exists and is no socket */
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -570,9 +580,9 @@ static void check_killed_peer(bool tcp)
     void *reply = NULL;
     size_t n = 0;
     const int64_t begin = now();
-    assert_int_equal(kvl_exchange_call(hosts[0].exchange, "h1", "mute", 4, in_ms(4 * WAIT_MS), &reply,
-                                       &n, NULL),
-                     KVL_ERR_UNREACHABLE);
+    assert_int_equal(
+        kvl_exchange_call(hosts[0].exchange, "h1", "mute", 4, in_ms(4 * WAIT_MS), &reply, &n, NULL),
+        KVL_ERR_UNREACHABLE);
     const double noticed_ms = kvl_ns_to_ms(now() - begin) - 150;
     (void)pthread_join(killer, NULL);
     (void)waitpid(child, NULL, 0);

@@ -141,14 +141,15 @@ static void random_sample(kvl_random *random, sample *s)
     } else if (m->kind == KVL_MESSAGE_CREDIT) {
         m->credit.granted_bytes = kvl_random_next(random);
     } else if (m->kind == KVL_MESSAGE_ERROR) {
-        m->reply.status = (kvl_status)-(int)(1 + kvl_test_below(random, 63));
+        m->reply.status = (kvl_status) - (int)(1 + kvl_test_below(random, 63));
         random_text(random, m->reply.text, KVL_WIRE_TEXT_BYTES_MAX);
     } else {
         random_bulk_message(random, s);
     }
 }
 
-static kvl_status decode(const uint8_t *bytes, size_t n_bytes, const sample *s, kvl_message *message)
+static kvl_status decode(const uint8_t *bytes, size_t n_bytes, const sample *s,
+                         kvl_message *message)
 {
     kvl_error error;
     memset(message, 0, sizeof *message);
@@ -195,7 +196,8 @@ static size_t mutate(kvl_random *random, uint8_t *bytes, size_t n, size_t n_max)
         const uint32_t way = kvl_test_below(random, 4);
         if (way == 0 && n > 1) n -= 1 + kvl_test_below(random, (uint32_t)n - 1);
         if (way == 1 && n < n_max) bytes[n++] = (uint8_t)kvl_test_below(random, 256);
-        if (way >= 2) bytes[kvl_test_below(random, (uint32_t)n)] = (uint8_t)kvl_test_below(random, 256);
+        if (way >= 2)
+            bytes[kvl_test_below(random, (uint32_t)n)] = (uint8_t)kvl_test_below(random, 256);
     }
     return n;
 }
