@@ -204,7 +204,7 @@ static size_t merge_naively(const random_merges *merges, const char *text, char 
         size_t best_at = 0;
         for (size_t at = 0; at + 1 < n; at++) {
             char pair[80];
-            (void)snprintf(pair, sizeof pair, "%s %s", pieces[at], pieces[at + 1]);
+            (void)snprintf(pair, sizeof pair, "%.31s %.31s", pieces[at], pieces[at + 1]);
             for (size_t rank = 0; rank < best; rank++) {
                 if (strcmp(merges->list[rank], pair) == 0) {
                     best = rank;
