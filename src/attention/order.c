@@ -94,8 +94,7 @@ static void order_paths(kvl_attention_plan *plan)
         const uint32_t path = plan->path_order[i];
         plan->path_ranks[path] = i;
         plan->path_links[i] =
-            i == 0 ? 0
-                   : link_paths(&plan->paths[plan->path_order[i - 1]], &plan->paths[path]);
+            i == 0 ? 0 : link_paths(&plan->paths[plan->path_order[i - 1]], &plan->paths[path]);
     }
 }
 

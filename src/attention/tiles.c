@@ -18,8 +18,8 @@ enum { SPLIT_ABOVE = 8, RUNS_WANTED = 32 };
 #define RESERVE(plan, array, n)                                                                    \
     do {                                                                                           \
         void *memory = (plan)->array;                                                              \
-        const kvl_status status = kvl_attention_reserve(&memory, &(plan)->array##_max, (n),        \
-                                                        sizeof *(plan)->array);                    \
+        const kvl_status status =                                                                  \
+            kvl_attention_reserve(&memory, &(plan)->array##_max, (n), sizeof *(plan)->array);      \
         (plan)->array = memory;                                                                    \
         if (status != KVL_OK) return status;                                                       \
     } while (0)

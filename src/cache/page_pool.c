@@ -46,10 +46,8 @@ kvl_status kvl_page_pool_create(kvl_backend *backend, uint32_t n_layers, uint32_
                                 kvl_error *error)
 {
     *pool = NULL;
-    const kvl_pages shape = {.n_layers = n_layers,
-                             .n_pages = n_pages,
-                             .n_kv_heads = n_kv_heads,
-                             .head_dim = head_dim};
+    const kvl_pages shape = {
+        .n_layers = n_layers, .n_pages = n_pages, .n_kv_heads = n_kv_heads, .head_dim = head_dim};
     KVL_TRY(check_shape(&shape, error));
     size_t n_bytes = 0;
     if (!count_bytes(&shape, &n_bytes))

@@ -158,8 +158,8 @@ static void attend(const machine *m, const world *w, const kvl_attention_row *ro
                    const float *queries, float *out)
 {
     kvl_error error;
-    assert_int_equal(
-        kvl_attention_plan_make(m->plan, rows, n_rows, w->paths, w->n_paths, &error), KVL_OK);
+    assert_int_equal(kvl_attention_plan_make(m->plan, rows, n_rows, w->paths, w->n_paths, &error),
+                     KVL_OK);
     kvl_attention_run(m->plan, m->backend, &w->pages, w->layer, w->n_heads, queries, out);
     m->backend->ops->synchronize(m->backend);
 }
@@ -191,7 +191,7 @@ static double value_at(const world *w, const kvl_attention_path *path, uint32_t 
  *              each in the portable variant): (2 head_dim + 4) u sum |q k| / sqrt(head_dim)
  *   weight     argument of exp rounded (u spread), exp itself 4 u: on numerator and sum alike
  *   fold       once a slice: the same two, and two products
- *   sums       256 terms of a slice in a chain, twice rounded; 64 + 8 terms for the sum; division */
+ *   sums       256 terms of a slice, twice rounded; 64 + 8 terms for the sum; division */
 static double bound_of(const world *w, double score_size, double spread, uint32_t n_keys,
                        double size)
 {
@@ -324,8 +324,9 @@ static void same_bits_in_any_batch(kvl_cpu_variant variant, kvl_random *random)
         float *out = must_alloc(ROWS_MAX * n * sizeof(float));
         for (int draw = 0; draw < 6; draw++) {
             /* The first draws are single rows, the last is everything. */
-            const uint32_t n_some =
-                draw < 3 ? 1 : draw == 5 ? w->n_rows : 1 + kvl_test_below(random, w->n_rows);
+            const uint32_t n_some = draw < 3    ? 1
+                                    : draw == 5 ? w->n_rows
+                                                : 1 + kvl_test_below(random, w->n_rows);
             for (uint32_t i = 0; i < n_some; i++) {
                 from[i] = draw == 5 ? w->n_rows - 1 - i : kvl_test_below(random, w->n_rows);
                 some[i] = w->rows[from[i]];
@@ -463,8 +464,8 @@ static void splitting_does_not_show(kvl_cpu_variant variant, kvl_random *random)
         assert_int_equal(kvl_attention_plan_make(m.plan, &w->rows[last], 1, w->paths, 1, &error),
                          KVL_OK);
         kvl_alloc_fail_after(n_threads == 3 ? 0 : -1);
-        kvl_attention_run(m.plan, m.backend, &w->pages, w->layer, w->n_heads,
-                          w->queries + last * n, out);
+        kvl_attention_run(m.plan, m.backend, &w->pages, w->layer, w->n_heads, w->queries + last * n,
+                          out);
         kvl_alloc_fail_after(-1);
         assert_memory_equal(out, w->out + last * n, n * sizeof(float));
         free_machine(&m);
@@ -590,7 +591,8 @@ static void test_plan_allocations(void **state)
         kvl_alloc_fail_after(allowed);
         kvl_status status = kvl_attention_plan_create(&plan, &error);
         if (status == KVL_OK)
-            status = kvl_attention_plan_make(plan, w->rows, w->n_rows, w->paths, w->n_paths, &error);
+            status =
+                kvl_attention_plan_make(plan, w->rows, w->n_rows, w->paths, w->n_paths, &error);
         kvl_alloc_fail_after(-1);
         made = status == KVL_OK;
         if (!made) assert_int_equal(status, KVL_ERR_NO_MEMORY);

@@ -117,10 +117,10 @@ static void test_shapes_that_cannot_be_are_refused(void **state)
     (void)state;
     kvl_backend backend = {.ops = &lender};
     /* layers, KV heads, head_dim, pages */
-    const uint32_t refused[][4] = {{0, 1, 16, 1},   {1, 0, 16, 1},  {1, 1, 0, 1},
-                                   {1, 1, 16, 0},   {1, 1, 24, 1},  {1, 1, 8, 1},
-                                   {1, 1, 272, 1},  {1, 1, 16, UINT32_MAX},
-                                   {UINT32_MAX, UINT32_MAX, 256, UINT32_MAX / 16}};
+    const uint32_t refused[][4] = {
+        {0, 1, 16, 1},  {1, 0, 16, 1},          {1, 1, 0, 1},
+        {1, 1, 16, 0},  {1, 1, 24, 1},          {1, 1, 8, 1},
+        {1, 1, 272, 1}, {1, 1, 16, UINT32_MAX}, {UINT32_MAX, UINT32_MAX, 256, UINT32_MAX / 16}};
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
         const uint32_t *s = refused[i];
         kvl_page_pool *pool = NULL;

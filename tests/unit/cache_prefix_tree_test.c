@@ -66,8 +66,7 @@ static void spell(prompt *p, size_t n_rest)
 {
     p->n_ids = (size_t)p->n_pages * KVL_PAGE_TOKENS + n_rest;
     for (size_t i = 0; i < p->n_ids; i++) p->ids[i] = 7;
-    for (uint32_t i = 0; i < p->n_pages; i++)
-        p->ids[(i + 1) * KVL_PAGE_TOKENS - 1] = p->letters[i];
+    for (uint32_t i = 0; i < p->n_pages; i++) p->ids[(i + 1) * KVL_PAGE_TOKENS - 1] = p->letters[i];
 }
 
 static prompt random_prompt(kvl_random *random)

@@ -1,4 +1,4 @@
-/* compute/cpu/attend.c: shares attention out over threads; copies keys and values to and from pages.
+/* compute/cpu/attend.c: shares attention out over threads; copies rows to pages and back.
  *
  * An item is one run of one KV head. A block with one run is finished by the thread that takes it.
  * The runs of a split block write partials to memory; the thread that ends the last of them folds
@@ -121,8 +121,7 @@ void kvl_cpu_attend(kvl_backend *backend, const kvl_attend_call *call)
     kvl_backend_cpu *cpu = kvl_backend_cpu_of(backend);
     attention work = {.cpu = cpu, .call = call};
     prepare_splits(cpu, &work);
-    kvl_pool_run(backend->pool, attend_item, &work,
-                 (size_t)call->n_runs * call->pages->n_kv_heads);
+    kvl_pool_run(backend->pool, attend_item, &work, (size_t)call->n_runs * call->pages->n_kv_heads);
 }
 
 /* ---- pages ---- */
