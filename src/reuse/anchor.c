@@ -118,7 +118,8 @@ size_t kvl_anchor_n_threads(const kvl_anchor_pool *pool)
     return pool->options.threads == NULL ? 1 : kvl_pool_n_threads(pool->options.threads);
 }
 
-/* Makes *floats at least n long; what it held is lost. */
+/* Makes *floats at least n long; what it held is lost. It never shrinks: the longest anchor decides,
+ * and a pool that has seen one will see more. */
 static kvl_status reserve(size_t n, float **floats, size_t *n_floats, kvl_error *error)
 {
     if (n <= *n_floats) return KVL_OK;
@@ -169,6 +170,8 @@ static void evict(kvl_anchor_pool *pool, const kvl_anchor_slot *slot)
         }
     }
     KVL_ASSERT(victim != UINT32_MAX);
+    /* Ageing at evictions and not by the clock: a slot that gets no new anchors has no need to
+     * forget, and tests need no time. */
     const kvl_anchor_slot of = pool->anchors[victim]->extra.slot;
     take_out(pool, victim);
     pool->evictions++;
@@ -244,6 +247,7 @@ kvl_status kvl_anchor_pool_add(kvl_anchor_pool *pool, const kvl_digest *fingerpr
             "again in this mode");
     }
     KVL_TRY(check_budget(pool, weigh(&layout), error));
+    /* One shape a slot: correct() may then take the text after it from any of its anchors. */
     for (uint32_t i = 0; i < pool->n; i++) {
         const kvl_anchor *other = pool->anchors[i];
         if (kvl_anchor_is_of(other, &extra.slot) && !same_shape(&other->layout, &layout)) {

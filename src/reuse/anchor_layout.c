@@ -117,6 +117,8 @@ bool kvl_anchor_layout_fill(kvl_anchor_layout *layout)
     layout->base_groups = layout->n_base_layers * heads * (layout->base_keys ? 2 : 1);
     layout->base_rows = (layout->n_tokens + layout->n_layers - 1) / layout->n_layers;
 
+    /* Every product and sum is checked, since the sizes may come from a peer's header; the total is
+     * held below what a container may have before anything of it is read. */
     size_t end = 0;
     const bool fits =
         place_section(layout, KVL_ANCHOR_SLOT_KEYS, layout->n_tokens, heads, &end) &&
@@ -187,7 +189,8 @@ static void write_group_int8(uint32_t dim, float largest, const float *x, uint8_
     for (uint32_t d = 0; d < dim; d++) numbers[d] = round_int8(x[d] * inverse);
 }
 
-/* What x = real - base lost to rounding, exactly (Knuth, TAOCP volume 2, section 4.2.2, theorem B). */
+/* What x = real - base lost to rounding, exactly (Knuth, TAOCP volume 2, section 4.2.2, theorem B).
+ * With it an exact hit gives back the very bits that were measured. */
 static void write_rest(uint32_t dim, const float *real, const float *base, const float *x,
                        uint8_t *bytes)
 {
@@ -412,6 +415,7 @@ kvl_status kvl_anchor_container_check(const kvl_digest *fingerprint, const kvl_c
         return KVL_FAIL(error, KVL_ERR_DAMAGED, "anchor: blocks have %llu bytes, must have %zu",
                         (unsigned long long)info->block_bytes, layout->block_bytes);
     }
+    /* The id was announced and asked for; an anchor under another's id would replace it. */
     const kvl_digest id = kvl_anchor_id(fingerprint, extra, layout);
     if (!kvl_digest_equal(&id, &info->id)) {
         return KVL_FAIL(error, KVL_ERR_DAMAGED, "anchor: its id does not fit its slot and base");

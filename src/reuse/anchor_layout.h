@@ -30,9 +30,9 @@
 #define KVL_ANCHOR_MAGNITUDE_MAX 0x1p20F
 
 /* The default mode compares values in every fourth layer, 2, 6, 10 and so on. Measured on
- * SmolLM2-135M over 22 texts of 160 tokens: distances a token correlate 0.96 with those over all
- * layers, and weights at temperature 1 differ by 0.02 in sum; single layers correlate below 0.5, and
- * sets with the last layer are worse (0.93 from layer 1). */
+ * SmolLM2-135M over all pairs of 20 texts of 160 tokens: a token's distance correlates 0.96 with
+ * the one over all layers. From layer 1 on, a set that has the last layer in it, 0.93, and even
+ * then weights at temperature 1 differ by 0.02 (total variation); single layers below 0.5. */
 #define KVL_ANCHOR_DISTANCE_STRIDE 4u
 
 typedef enum kvl_anchor_section {

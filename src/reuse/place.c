@@ -60,6 +60,7 @@ kvl_status kvl_place_tokens(const kvl_place_target *target, uint32_t layer,
     KVL_ASSERT(kvl_place_floats(target->pages, tokens->n_tokens, &n_floats));
     KVL_TRY(check_tokens(target, tokens, error));
     if (n_floats == 0) return KVL_OK;
+    /* A copy, since the same stored keys may go to several places, and rotating back would round. */
     memcpy(scratch, keys, n_floats * sizeof *keys);
     rotate(target, tokens, false, scratch);
     write_layer(target, layer, tokens, scratch, values);
@@ -155,6 +156,7 @@ static kvl_status run_wave(layer_wave *wave, size_t n, kvl_error *error)
     } else {
         for (size_t item = 0; item < n; item++) prepare_layer(wave, item, 0);
     }
+    /* All of a wave are looked at before any is written. */
     for (size_t item = 0; item < n; item++) {
         if (wave->statuses[item] < 0) {
             return KVL_FAIL(error, wave->statuses[item],

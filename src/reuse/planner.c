@@ -107,6 +107,7 @@ static void choose_slot(const plan_walk *w, const kvl_plan_part *part, uint32_t 
                few ? "too few anchors, placed as it is" : "no anchor is near, placed as it is");
         return;
     }
+    /* Loading would pay, only anchors are missing: this time's work buys the next times'. */
     step->measure = true;
     choose(step, KVL_ACTION_COMPUTE,
            few ? "too few anchors: computed and measured"

@@ -177,7 +177,7 @@ static void test_position_0_is_the_identity(void **state)
     }
 }
 
-/* There and back gives the stored KV within two rotations' rounding, and the source is untouched. */
+/* There and back gives the stored KV within two rotations' rounding; the source is untouched. */
 static void test_extract_undoes_place(void **state)
 {
     (void)state;
