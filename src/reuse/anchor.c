@@ -118,8 +118,8 @@ size_t kvl_anchor_n_threads(const kvl_anchor_pool *pool)
     return pool->options.threads == NULL ? 1 : kvl_pool_n_threads(pool->options.threads);
 }
 
-/* Makes *floats at least n long; what it held is lost. It never shrinks: the longest anchor decides,
- * and a pool that has seen one will see more. */
+/* Makes *floats at least n long; what it held is lost. It never shrinks: the longest anchor
+ * decides, and a pool that has seen one will see more. */
 static kvl_status reserve(size_t n, float **floats, size_t *n_floats, kvl_error *error)
 {
     if (n <= *n_floats) return KVL_OK;

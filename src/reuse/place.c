@@ -60,7 +60,7 @@ kvl_status kvl_place_tokens(const kvl_place_target *target, uint32_t layer,
     KVL_ASSERT(kvl_place_floats(target->pages, tokens->n_tokens, &n_floats));
     KVL_TRY(check_tokens(target, tokens, error));
     if (n_floats == 0) return KVL_OK;
-    /* A copy, since the same stored keys may go to several places, and rotating back would round. */
+    /* A copy: the same stored keys may go to several places, and rotating back would round. */
     memcpy(scratch, keys, n_floats * sizeof *keys);
     rotate(target, tokens, false, scratch);
     write_layer(target, layer, tokens, scratch, values);
