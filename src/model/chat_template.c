@@ -27,6 +27,8 @@ typedef struct rendering {
 
 /* ---- parts */
 
+/* Makes tokens of a text and a part of the tokens; nothing of a text that gives none (an empty one,
+ * or bytes that the vocabulary lacks), because no part may be empty. */
 static kvl_status add_part(rendering *render, const char *text, size_t n_bytes, int32_t message)
 {
     kvl_prompt *prompt = render->prompt;
@@ -82,6 +84,8 @@ static kvl_status put_token(rendering *render, uint32_t id)
     return put_bytes(render, bytes, n_bytes);
 }
 
+/* Template text before, between and after contents is one part each, however many messages with
+ * nothing in them it runs over. */
 static kvl_status flush_text(rendering *render)
 {
     KVL_TRY(add_part(render, render->text, render->n_text, -1));
@@ -99,6 +103,8 @@ static bool is_strippable(uint32_t code_point)
            (code_point >= 0x1c && code_point <= 0x1f);
 }
 
+/* From the end, a character is found by going back over at most three bytes that continue one; what
+ * is no character is not trimmed. */
 static void trim(const char **text, size_t *n_bytes)
 {
     uint32_t code_point = 0;
@@ -135,6 +141,7 @@ static bool has_role(const rendering *render, size_t message, const char *role)
 
 /* ---- layouts */
 
+/* A role is written as it came: check_messages has seen to it that it is one of three. */
 static kvl_status render_chatml(rendering *render)
 {
     if (render->chat->default_system != NULL && !has_role(render, 0, "system")) {
@@ -189,6 +196,8 @@ static bool takes_system(const rendering *render, size_t first, size_t i)
                                                                : i + 1 == render->n_messages;
 }
 
+/* The system message is rendered out of turn, inside a user's; if the template puts it into the
+ * last message and that is the assistant's, it is not rendered at all, as Jinja does it. */
 static kvl_status render_mistral(rendering *render)
 {
     const kvl_chat_template *chat = render->chat;

@@ -19,9 +19,9 @@ typedef struct kvl_message {
 /* A run of ids of the prompt. Template text and message content are tokenized apart, so that the
  * ids of a content are the same in every prompt: that is what makes it a part of its own. */
 typedef struct kvl_prompt_part {
-    uint32_t first;   /* index of its first id */
+    uint32_t first; /* index of its first id */
     uint32_t n_tokens;
-    int32_t message;  /* index of the message whose content it is, or -1 for template text */
+    int32_t message; /* index of the message whose content it is, or -1 for template text */
 } kvl_prompt_part;
 
 typedef struct kvl_prompt {

@@ -21,6 +21,8 @@ typedef struct encoding {
     kvl_error *error;
 } encoding;
 
+/* Makes room by half as much again, so that a long text does not copy its ids for every word. On an
+ * error the caller's list is as it was. */
 static kvl_status reserve_ids(encoding *encode, size_t n_more)
 {
     if (n_more <= encode->capacity - encode->n_ids) return KVL_OK;
@@ -79,6 +81,8 @@ static void append_symbol(encoding *encode, uint32_t symbol)
     }
 }
 
+/* The room is reserved for the worst case, a token for every byte, before anything is appended:
+ * nothing below can fail halfway through a word. */
 static kvl_status encode_word(encoding *encode, const char *text, size_t n_bytes,
                               const uint8_t *classes, size_t n_classes)
 {
@@ -105,6 +109,8 @@ static kvl_status encode_word(encoding *encode, const char *text, size_t n_bytes
     return KVL_OK;
 }
 
+/* Characters are classified once for the whole text between special tokens: what a pattern looks
+ * ahead to ends there, as in llama.cpp. */
 static kvl_status encode_words(encoding *encode, const char *text, size_t n_bytes)
 {
     const size_t n_classes = kvl_pretokenizer_classify(text, n_bytes, encode->classes);
@@ -117,6 +123,7 @@ static kvl_status encode_words(encoding *encode, const char *text, size_t n_byte
         KVL_TRY(encode_word(encode, text + at, n_word, encode->classes + first, past - first));
         at += n_word;
     }
+    /* Words cover the text: no byte is lost between two of them. */
     KVL_ASSERT(at == n_bytes);
     return KVL_OK;
 }

@@ -213,7 +213,8 @@ static kvl_status mark_named_ends(const loading *load)
     return KVL_OK;
 }
 
-/* Sets the flags of a token; true if its text is to be found whole. */
+/* Sets the flags of a token; true if its text is to be found whole. A known text makes a token
+ * special even if the file calls it an ordinary one or the user's own. */
 static bool classify_token(kvl_tokenizer *tokenizer, uint32_t id, int32_t type, bool *always)
 {
     size_t n_bytes = 0;

@@ -95,7 +95,7 @@ kvl_status kvl_merge_word_reserve(kvl_merge_word *word, size_t n_symbols, kvl_er
     return KVL_OK;
 }
 
-/* Puts a pair on a heap of n: heap[0] is the smallest, the children of i are 2 i + 1 and the next. */
+/* Puts a pair on a heap of n: heap[0] is the smallest, below i are 2 i + 1 and 2 i + 2. */
 static void heap_push(uint64_t *heap, size_t n, uint64_t pair)
 {
     size_t at = n;

@@ -69,6 +69,7 @@ kvl_status kvl_specials_cut(const kvl_specials *specials, const char *text, size
     for (uint32_t i = 0; i < specials->n && status >= 0; i++) {
         const kvl_special *special = &specials->items[i];
         if (!special->always && !parse_special) continue;
+        /* Most tokens are nowhere in most texts, and then the fragments need not be copied. */
         if (memmem(text, n_bytes, special->text, special->n_bytes) == NULL) continue;
         cut.n = 0;
         for (size_t f = 0; f < fragments->n && status >= 0; f++) {

@@ -27,6 +27,7 @@ static kvl_status no_memory(kvl_error *error)
     return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for the vocabulary of a tokenizer");
 }
 
+/* The old table stays until the new one is there, so that an error leaves a table that works. */
 static kvl_status grow_slots(kvl_symbols *symbols, uint32_t n_slots, kvl_error *error)
 {
     uint32_t *old = symbols->slots;
@@ -86,6 +87,8 @@ void kvl_symbols_deinit(kvl_symbols *symbols)
     *symbols = (kvl_symbols){0};
 }
 
+/* Whatever can fail happens here, before anything changes. Limits are subtracted from, never added
+ * to, so nothing can wrap; 2 * needed stays below UINT32_MAX because of the limit. */
 static kvl_status make_room(kvl_symbols *symbols, size_t n_bytes, bool findable, kvl_error *error)
 {
     const uint32_t used = symbols->n == 0 ? 0 : symbols->ends[symbols->n - 1];
@@ -118,6 +121,7 @@ kvl_status kvl_symbols_add(kvl_symbols *symbols, const char *bytes, size_t n_byt
     return KVL_OK;
 }
 
+/* Ends because a table always has free slots. */
 uint32_t kvl_symbols_find(const kvl_symbols *symbols, const char *bytes, size_t n_bytes)
 {
     uint32_t slot = first_slot(symbols, bytes, n_bytes);

@@ -1,6 +1,6 @@
-/* model/tokenizer: ids are those of llama.cpp on 20,000 lines a model, with its own pre-tokenizer and
- * with three others, and bytes come back. Expected ids: tests/golden/make_tokenizer_golden.py, whose
- * generator of lines is here too. Needs the models that `kvloom model pull` fetches. */
+/* model/tokenizer: ids are those of llama.cpp on 20,000 lines a model, with its own pre-tokenizer
+ * and with three others, and bytes come back. Expected ids: tests/golden/make_tokenizer_golden.py,
+ * whose generator of lines is here too. Needs the models that `kvloom model pull` fetches. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>

@@ -1,6 +1,6 @@
-/* model/tokenizer: words are the same by machine code and interpreter; merging is what a naive merger
- * does; special tokens, bytes and hostile vocabularies; text streams in whole characters. The ids of
- * whole models: model_tokenizer_golden_test.c. */
+/* model/tokenizer: words are the same by machine code and interpreter; merging is what a naive
+ * merger does; special tokens, bytes and hostile vocabularies; text streams in whole characters.
+ * The ids of whole models: model_tokenizer_golden_test.c. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -115,6 +115,46 @@ static void compare_words(const uint8_t *classes, size_t n_classes)
         kvl_pretokenizer_match_destroy(slow_match);
         kvl_pretokenizer_destroy(fast);
         kvl_pretokenizer_destroy(slow);
+    }
+}
+
+/* Words of some texts, a bar after each. */
+static void test_words_of_some_texts(void **state)
+{
+    (void)state;
+    static const struct {
+        kvl_pretokenizer_kind kind;
+        const char *text;
+        const char *words;
+    } cases[] = {
+        {KVL_PRETOKENIZER_GPT2, "It's 12345  men!?", "It|'s| 12345| | men|!?|"},
+        {KVL_PRETOKENIZER_GPT2, "I'LL \n\n x\t\t", "I|'|LL| \n\n| x|\t\t|"},
+        {KVL_PRETOKENIZER_SMOLLM, "It's 12  3a  b ", "It|'s| |1|2|  |3|a| | b| |"},
+        {KVL_PRETOKENIZER_SMOLLM, "x.\n 1", "x|.|\n |1|"},
+        {KVL_PRETOKENIZER_QWEN2, "IT'S 123 (x)!\n\n y", "IT|'S| |1|2|3| (|x|)!\n\n| y|"},
+        {KVL_PRETOKENIZER_QWEN2, " \n \n  a\tb", " \n \n| | a|\tb|"},
+        {KVL_PRETOKENIZER_LLAMA_BPE, "1234567 12", "123|456|7| |12|"},
+        {KVL_PRETOKENIZER_LLAMA_BPE, "we'Ve.x\r\n", "we|'Ve|.x|\r\n|"},
+    };
+    for (size_t i = 0; i < N_OF(cases); i++) {
+        kvl_pretokenizer *pretokenizer = NULL;
+        assert_int_equal(kvl_pretokenizer_create(cases[i].kind, true, &pretokenizer, NULL), KVL_OK);
+        kvl_pretokenizer_match *match = kvl_pretokenizer_match_create(pretokenizer);
+        char words[64] = {0};
+        size_t n = 0;
+        const size_t n_bytes = strlen(cases[i].text);
+        for (size_t first = 0, past = 0; first < n_bytes; first = past) {
+            assert_int_equal(kvl_pretokenizer_next(pretokenizer, match,
+                                                   (const uint8_t *)cases[i].text, n_bytes, first,
+                                                   &past, NULL),
+                             KVL_OK);
+            memcpy(words + n, cases[i].text + first, past - first);
+            n += past - first;
+            words[n++] = '|';
+        }
+        assert_string_equal(words, cases[i].words);
+        kvl_pretokenizer_match_destroy(match);
+        kvl_pretokenizer_destroy(pretokenizer);
     }
 }
 
@@ -287,6 +327,11 @@ static void test_llama_takes_whole_words_first(void **state)
     tokenizer = kvl_token_case_make(&made_of);
     check_ids(tokenizer, "abc", false, (uint32_t[]){'a', 257}, 2);
     kvl_tokenizer_destroy(tokenizer);
+    /* A word that only a merge knows is no token. */
+    made_of = (kvl_token_case){.pre = "llama-bpe", .merges = merges, .n_merges = 1};
+    tokenizer = kvl_token_case_make(&made_of);
+    check_ids(tokenizer, "bc", false, (uint32_t[]){'b', 'c'}, 2);
+    kvl_tokenizer_destroy(tokenizer);
 }
 
 /* A word of a mebibyte: quadratic work would take the test past its time limit. */
@@ -433,6 +478,13 @@ static void test_bytes_without_a_token(void **state)
               false, (uint32_t[]){0xef, 0xbf, 0xbd, 'b'}, 4);
     check_ids(tokenizer, "\xfe", false, (uint32_t[]){0xfe}, 1);
     check_ids(tokenizer, "\x04", false, NULL, 0);
+    /* Three ids for a byte: more than the word has bytes. */
+    char text[4000];
+    memset(text, 0xff, sizeof text);
+    kvl_token_list list = kvl_token_case_tokenize(tokenizer, text, sizeof text, false);
+    assert_int_equal(list.n, 3 * sizeof text);
+    for (size_t i = 0; i < list.n; i++) assert_int_equal(list.ids[i], "\xef\xbf\xbd"[i % 3] & 0xff);
+    kvl_free(list.ids);
     kvl_tokenizer_destroy(tokenizer);
 }
 
@@ -638,11 +690,28 @@ static void test_hostile_vocabularies_are_refused(void **state)
 static void test_odd_merges_do_no_harm(void **state)
 {
     (void)state;
-    /* Characters that stand for no byte, a merge twice, parts that are no tokens, a leading space. */
+    /* Characters that stand for no byte, a merge twice, parts that are no tokens, a space first. */
     static const char *const merges[] = {"\u4e2d \u6587", "a b", "a b", "x yz", "  a", "b a"};
     const kvl_token_case made_of = {.pre = "gpt-2", .merges = merges, .n_merges = N_OF(merges)};
     kvl_tokenizer *tokenizer = kvl_token_case_make(&made_of);
     check_ids(tokenizer, "aba", false, (uint32_t[]){'a', 'b', 'a'}, 3);
+    kvl_tokenizer_destroy(tokenizer);
+}
+
+/* Far more strings than the vocabulary has: tables grow while merges are read. */
+static void test_merges_may_outnumber_tokens(void **state)
+{
+    (void)state;
+    enum { N = 26 * 26 };
+    static char texts[N][4];
+    static const char *merges[N];
+    for (int i = 0; i < N; i++) {
+        (void)snprintf(texts[i], sizeof texts[i], "%c %c", 'a' + i / 26, 'a' + i % 26);
+        merges[i] = texts[i];
+    }
+    const kvl_token_case made_of = {.pre = "gpt-2", .merges = merges, .n_merges = N};
+    kvl_tokenizer *tokenizer = kvl_token_case_make(&made_of);
+    check_ids(tokenizer, "zyx", false, (uint32_t[]){'z', 'y', 'x'}, 3);
     kvl_tokenizer_destroy(tokenizer);
 }
 
@@ -695,6 +764,7 @@ int main(void)
         cmocka_unit_test(test_every_character_is_read_back),
         cmocka_unit_test(test_what_is_no_character_is_not_read),
         cmocka_unit_test(test_classes_of_some_characters),
+        cmocka_unit_test(test_words_of_some_texts),
         cmocka_unit_test(test_machine_code_and_interpreter_agree),
         cmocka_unit_test(test_long_runs_are_words_like_any_other),
         cmocka_unit_test(test_merging_is_the_papers),
@@ -710,6 +780,7 @@ int main(void)
         cmocka_unit_test(test_special_tokens_stream_as_nothing),
         cmocka_unit_test(test_hostile_vocabularies_are_refused),
         cmocka_unit_test(test_odd_merges_do_no_harm),
+        cmocka_unit_test(test_merges_may_outnumber_tokens),
         cmocka_unit_test(test_every_failed_allocation_is_reported),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
