@@ -62,7 +62,9 @@ kvl_status kvl_place_tokens(const kvl_place_target *target, uint32_t layer,
     if (n_floats == 0) return KVL_OK;
     /* A copy: the same stored keys may go to several places, and rotating back would round. */
     memcpy(scratch, keys, n_floats * sizeof *keys);
-    rotate(target, tokens, false, scratch);
+    target->backend->ops->rotate(target->backend, target->rotation, tokens->n_tokens,
+                                 tokens->positions, target->pages->n_kv_heads,
+                                 target->pages->head_dim, scratch);
     write_layer(target, layer, tokens, scratch, values);
     return KVL_OK;
 }
