@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the C writer writes, the independent Python reader reads: header and numbers, every dtype.
 
-    segment_python_reader.py BUILD_FOLDER
+    segment_python_reader.py BUILD_FOLDER, or a program in it
 
 Also reads the small files beside the reader, which earlier builds have written: the format of
 version 1 stays what it is. `--update` writes those that are missing.
@@ -91,7 +91,8 @@ def main():
     arguments = [a for a in sys.argv[1:] if not a.startswith("--")]
     if len(arguments) != 1:
         sys.exit(__doc__)
-    writer = os.path.join(arguments[0], "segment_container_test")
+    folder = arguments[0] if os.path.isdir(arguments[0]) else os.path.dirname(arguments[0])
+    writer = os.path.join(folder, "segment_container_test")
     for dtype, name in DTYPES.items():
         golden = os.path.join(GOLDEN, "example_%s.kvseg" % name)
         if "--update" in sys.argv and not os.path.exists(golden):
