@@ -33,6 +33,7 @@ typedef struct kvl_scales {
 typedef struct kvl_format {
     uint32_t n_units; /* of a block */
     uint32_t n_bytes; /* of a block */
+    bool plain;       /* a block begins with half scale[0] and perhaps half min[0], that is all */
     void (*prepare)(const uint8_t *block, kvl_scales *scales);
     void (*expand)(const uint8_t *block, const kvl_scales *scales, uint32_t unit, kvl_vec *w);
 } kvl_format;
@@ -151,6 +152,24 @@ KVL_INLINE void scale_and_shift_bytes(const kvl_bytes32 *quants, float scale, fl
         w[v] = kvl_vec_fma(kvl_vec_all(scale), w[v], kvl_vec_all(min));
 }
 
+#if defined(KVL_VARIANT_avx512)
+/* Of 16 nibbles from bit `shift` of 16 bytes on: the 16 possible weights are computed once and
+ * looked up, which is fewer steps than converting every nibble. The index is the low four bits. */
+KVL_INLINE kvl_vec look_up_nibbles(const uint8_t *from, uint32_t shift, kvl_vec table)
+{
+    const __m512i bytes =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)from));
+    return _mm512_permutexvar_ps(shift == 0 ? bytes : _mm512_srli_epi32(bytes, 4), table);
+}
+
+/* scale * (0 .. 15 + quant_first) + min */
+KVL_INLINE kvl_vec nibble_table(float scale, float quant_first, float min)
+{
+    const kvl_vec steps = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return kvl_vec_fma(kvl_vec_all(scale), steps + kvl_vec_all(quant_first), kvl_vec_all(min));
+}
+#endif
+
 /* ---- floating point: a block is 32 weights ---- */
 
 KVL_INLINE void prepare_nothing(const uint8_t *block, kvl_scales *scales)
@@ -224,6 +243,31 @@ KVL_INLINE void prepare_scale_and_min(const uint8_t *block, kvl_scales *scales)
     scales->min[0] = read_half(block + 2);
 }
 
+/* The same for four or eight blocks at once: converting numbers one by one would cost more than the
+ * quants. floats [n_blocks][2]: scale and min; what stands there for a format without min is not
+ * used. */
+KVL_INLINE void prepare_plain(const uint8_t *const *blocks, size_t block_at, uint32_t n_blocks,
+                              float *floats)
+{
+#if defined(KVL_VARIANT_avx2) || defined(KVL_VARIANT_avx512)
+    for (uint32_t b = 0; b < n_blocks; b += 4) {
+        const __m128i pairs = _mm_setr_epi32((int32_t)read_u32(blocks[b] + block_at),
+                                             (int32_t)read_u32(blocks[b + 1] + block_at),
+                                             (int32_t)read_u32(blocks[b + 2] + block_at),
+                                             (int32_t)read_u32(blocks[b + 3] + block_at));
+        _mm256_storeu_ps(floats + 2 * b, _mm256_cvtph_ps(pairs));
+    }
+    /* Spreading a number over a vector costs nothing when it is loaded from memory. The compiler
+     * must not know what is there, or it would shuffle it out of the register instead. */
+    __asm__("" : "+m"(*(float(*)[16])floats));
+#else
+    for (uint32_t b = 0; b < n_blocks; b++) {
+        floats[2 * b] = read_half(blocks[b] + block_at);
+        floats[2 * b + 1] = read_half(blocks[b] + block_at + 2);
+    }
+#endif
+}
+
 /* half scale, int8 quants[32] */
 KVL_INLINE void expand_q8_0(const uint8_t *block, const kvl_scales *scales, uint32_t unit,
                             kvl_vec *w)
@@ -238,8 +282,14 @@ KVL_INLINE void expand_q4_0(const uint8_t *block, const kvl_scales *scales, uint
                             kvl_vec *w)
 {
     (void)unit;
+#if defined(KVL_VARIANT_avx512)
+    const kvl_vec table = nibble_table(scales->scale[0], -8.0F, -0.0F); /* -0 adds nothing */
+    w[0] = look_up_nibbles(block + 2, 0, table);
+    w[1] = look_up_nibbles(block + 2, 4, table);
+#else
     const kvl_bytes32 quants = split_nibbles(block + 2) - 8;
     scale_bytes(&quants, scales->scale[0], w);
+#endif
 }
 
 /* half scale, half min, nibbles[16] */
@@ -247,8 +297,14 @@ KVL_INLINE void expand_q4_1(const uint8_t *block, const kvl_scales *scales, uint
                             kvl_vec *w)
 {
     (void)unit;
+#if defined(KVL_VARIANT_avx512)
+    const kvl_vec table = nibble_table(scales->scale[0], 0.0F, scales->min[0]);
+    w[0] = look_up_nibbles(block + 4, 0, table);
+    w[1] = look_up_nibbles(block + 4, 4, table);
+#else
     const kvl_bytes32 quants = split_nibbles(block + 4);
     scale_and_shift_bytes(&quants, scales->scale[0], scales->min[0], w);
+#endif
 }
 
 /* half scale, 32 fifth bits, nibbles[16]; quants are 16 too high */
@@ -275,7 +331,12 @@ KVL_INLINE void expand_q5_1(const uint8_t *block, const kvl_scales *scales, uint
 KVL_INLINE void scale_eight(uint32_t low, uint32_t high, float factor, float *to)
 {
     const uint64_t bytes = (uint64_t)high << 32 | low;
+#if defined(KVL_VARIANT_avx2) || defined(KVL_VARIANT_avx512)
+    const __m256i eight = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bytes));
+    _mm256_storeu_ps(to, _mm256_set1_ps(factor) * _mm256_cvtepi32_ps(eight));
+#else
     for (uint32_t i = 0; i < 8; i++) to[i] = factor * (float)(int32_t)(bytes >> (8 * i) & 0xFFU);
+#endif
 }
 
 /* Q4_K and Q5_K: half scale of scales, half scale of minima, 12 bytes with eight scales and eight
@@ -303,8 +364,15 @@ KVL_INLINE kvl_bytes32 nibbles_of_unit(const uint8_t *from, uint32_t unit)
 KVL_INLINE void expand_q4_k(const uint8_t *block, const kvl_scales *scales, uint32_t unit,
                             kvl_vec *w)
 {
+#if defined(KVL_VARIANT_avx512)
+    const kvl_vec table = nibble_table(scales->scale[unit], 0.0F, scales->min[unit]);
+    const uint8_t *nibbles = block + 16 + 32 * (unit / 2);
+    w[0] = look_up_nibbles(nibbles, 4 * (unit & 1U), table);
+    w[1] = look_up_nibbles(nibbles + 16, 4 * (unit & 1U), table);
+#else
     const kvl_bytes32 quants = nibbles_of_unit(block + 16, unit);
     scale_and_shift_bytes(&quants, scales->scale[unit], scales->min[unit], w);
+#endif
 }
 
 /* 16 bytes of scales, fifth bits[32] (bit u of byte i is that of weight i of unit u), nibbles[128]
@@ -343,18 +411,18 @@ KVL_INLINE void expand_q6_k(const uint8_t *block, const kvl_scales *scales, uint
         w[v] = kvl_vec_all(scales->scale[2 * unit + v * KVL_LANES / 16]) * w[v];
 }
 
-/*    dtype, units a block, bytes a block, prepare, expand */
+/*    dtype, units a block, bytes a block, plain, prepare, expand */
 #define KVL_FORMAT_LIST(X)                                                                         \
-    X(F32, 1, 128, prepare_nothing, expand_f32)                                                    \
-    X(F16, 1, 64, prepare_nothing, expand_f16)                                                     \
-    X(BF16, 1, 64, prepare_nothing, expand_bf16)                                                   \
-    X(Q8_0, 1, 34, prepare_scale, expand_q8_0)                                                     \
-    X(Q4_0, 1, 18, prepare_scale, expand_q4_0)                                                     \
-    X(Q4_1, 1, 20, prepare_scale_and_min, expand_q4_1)                                             \
-    X(Q5_0, 1, 22, prepare_scale, expand_q5_0)                                                     \
-    X(Q5_1, 1, 24, prepare_scale_and_min, expand_q5_1)                                             \
-    X(Q4_K, 8, 144, prepare_six_bits, expand_q4_k)                                                 \
-    X(Q5_K, 8, 176, prepare_six_bits, expand_q5_k)                                                 \
-    X(Q6_K, 8, 210, prepare_q6_k, expand_q6_k)
+    X(F32, 1, 128, false, prepare_nothing, expand_f32)                                             \
+    X(F16, 1, 64, false, prepare_nothing, expand_f16)                                              \
+    X(BF16, 1, 64, false, prepare_nothing, expand_bf16)                                            \
+    X(Q8_0, 1, 34, true, prepare_scale, expand_q8_0)                                               \
+    X(Q4_0, 1, 18, true, prepare_scale, expand_q4_0)                                               \
+    X(Q4_1, 1, 20, true, prepare_scale_and_min, expand_q4_1)                                       \
+    X(Q5_0, 1, 22, true, prepare_scale, expand_q5_0)                                               \
+    X(Q5_1, 1, 24, true, prepare_scale_and_min, expand_q5_1)                                       \
+    X(Q4_K, 8, 144, false, prepare_six_bits, expand_q4_k)                                          \
+    X(Q5_K, 8, 176, false, prepare_six_bits, expand_q5_k)                                          \
+    X(Q6_K, 8, 210, false, prepare_q6_k, expand_q6_k)
 
 #endif /* KVL_COMPUTE_CPU_EXPAND_H */

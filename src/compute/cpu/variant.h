@@ -9,6 +9,7 @@
 #ifndef KVL_COMPUTE_CPU_VARIANT_H
 #define KVL_COMPUTE_CPU_VARIANT_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -28,7 +29,7 @@
 
 /* For helpers that must vanish into their caller, so that constant arguments unroll loops. With a
  * sanitizer in every copy that takes compilers minutes, and speed is not the point then. */
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define KVL_INLINE static inline __attribute__((unused))
 #else
 #define KVL_INLINE static inline __attribute__((always_inline, unused))
