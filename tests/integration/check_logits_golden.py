@@ -2,7 +2,7 @@
 """`kvloom logits` and `kvloom generate` against the golden files of tests/golden/logits, which hold
 a few of transformers' float32 logits. Needs nothing but Python's own library.
 
-    python3 tests/integration/check_logits_golden.py build/release/kvloom
+    python3 tests/integration/check_logits_golden.py build/release
 
 A model that is not in the cache is left out, and said to be; without any, the exit status is 77."""
 import array
@@ -80,7 +80,8 @@ def check_greedy(kvloom, model, cases, folder):
 
 
 def main():
-    kvloom = sys.argv[1] if len(sys.argv) > 1 else "build/release/kvloom"
+    kvloom = os.path.abspath(os.path.join(sys.argv[1] if len(sys.argv) > 1 else "build/release",
+                                          "kvloom"))
     n_checked, n_findings = 0, 0
     for path in sorted(glob.glob(os.path.join(os.path.dirname(HERE), "golden", "logits", "*.json"))):
         with open(path, encoding="ascii") as file:

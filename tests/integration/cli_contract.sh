@@ -1,10 +1,10 @@
 #!/bin/sh
 # The command line as a user meets it, without a model: what is printed where, and exit statuses:
 # 0 done, 1 failed, 2 wrong use.
-#     sh tests/integration/cli_contract.sh build/release/kvloom
+#     sh tests/integration/cli_contract.sh build/release
 set -eu
 
-kvloom=$1
+kvloom=${1:-build/release}/kvloom
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 n_failed=0

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """`kvloom generate`, `tokenize` and `bench` with the default model: the promises that scripts rely on.
 
-    python3 tests/integration/generate_contract.py build/release/kvloom
+    python3 tests/integration/generate_contract.py build/release
 
 Exit status 77 where the model is not in the cache."""
 import json
@@ -92,7 +92,8 @@ def check_bench(kvloom, folder):
 
 
 def main():
-    kvloom = os.path.abspath(sys.argv[1] if len(sys.argv) > 1 else "build/release/kvloom")
+    kvloom = os.path.abspath(os.path.join(sys.argv[1] if len(sys.argv) > 1 else "build/release",
+                                          "kvloom"))
     if not os.path.exists(peers.model_path(MODEL)):
         print(f"{MODEL} is not in the cache: fetch it with kvloom model pull {MODEL}")
         return 77
