@@ -81,6 +81,8 @@ function(kvl_unit_tests)
     target_compile_definitions(${name} PRIVATE KVL_TESTS_DIR="${CMAKE_SOURCE_DIR}/tests")
     target_link_libraries(${name} PRIVATE kvl_test_support kvl_${room} PkgConfig::CMOCKA)
     add_test(NAME ${name} COMMAND ${name})
-    set_tests_properties(${name} PROPERTIES TIMEOUT 300)
+    # Only a build with the thread sanitizer reads this; quotes, since a path may have spaces.
+    set_tests_properties(${name} PROPERTIES TIMEOUT 300 ENVIRONMENT
+      "TSAN_OPTIONS=suppressions='${CMAKE_SOURCE_DIR}/tests/support/tsan.supp'")
   endforeach()
 endfunction()
