@@ -162,6 +162,11 @@ def main():
         raise SystemExit(f"{model} is not there; fetch it with: kvloom model pull {arguments.model}")
     figures = [figure for name in dict.fromkeys(arguments.names) for figure in FIGURES[name]]
     machine = describe_machine(arguments.threads)
+    if machine["load_at_start"] > 0.5:
+        peers.say(f"load is {machine['load_at_start']:.1f}: other programs run, and the ratios are "
+                  "worth little")
+    # Ended by a time limit, peers must be ended too: a stopped process would stay for ever.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     engines = {}
     try:
         for name in dict.fromkeys(figure[3] for figure in figures):
