@@ -6,9 +6,11 @@
  * Threads  One thread at a time (the engine thread). Operations share work over the pool inside.
  * Rows     x [n_rows][width] float32, row after row without gaps unless a stride is given.
  *
- * Independence of the batch: what an operation computes for one row must not depend on the other
- * rows of the same call, to the last bit, whenever both calls use the same path (few rows or many
- * rows, see matmul). That is what makes greedy tokens the same in any batch. */
+ * Independence of the batch: what an operation computes for one row does not depend on the other
+ * rows of the same call, on their number or on the number of threads, to the last bit. One row
+ * alone (decoding) and the same row among a thousand (prefill) give the same bits: that is what
+ * makes a shared or recomputed token exactly the one that a full prefill gives. Variants of the CPU
+ * kernels differ among each other in the last bits. */
 #ifndef KVL_COMPUTE_BACKEND_H
 #define KVL_COMPUTE_BACKEND_H
 
@@ -86,8 +88,8 @@ typedef struct kvl_backend_ops {
     void *(*memory_create)(kvl_backend *backend, size_t n_bytes);
     void (*memory_destroy)(kvl_backend *backend, void *memory);
 
-    /* x [n_rows][n_inputs]; all jobs have the same n_inputs. Two paths: few rows stream the
-     * quantised weights, many rows dequantise panels for BLAS. */
+    /* x [n_rows][n_inputs]; all jobs have the same n_inputs. y must not overlap x. Few rows stream
+     * the quantised weights, many rows use panels that are dequantised once: the same bits. */
     void (*matmul)(kvl_backend *backend, const kvl_matmul_job *jobs, size_t n_jobs, uint32_t n_rows,
                    const float *x);
 

@@ -146,7 +146,7 @@ static void test_large_product_matches_reference(void **state)
 /* Rows picked at random, in random order, in batches of every kind of size. */
 static void check_rows_alone(kvl_random *random, kvl_backend *backend, const product *all)
 {
-    static const uint32_t sizes[] = {1, 2, 3, 4, 5, 7, 9, 33};
+    static const uint32_t sizes[] = {1, 2, 3, 4, 5, 8, 9, 16, 17, 33};
     const uint32_t n_inputs = all->weights.n_inputs;
     const uint32_t n_outputs = all->weights.n_outputs;
     float *y_all = test_floats((size_t)all->n_rows * n_outputs);

@@ -24,6 +24,9 @@
 #define FEW_OUTPUTS 8u
 #define FEW_ROWS 2u
 
+/* How far dequantisation asks ahead, in bytes: it reads one row after the other. */
+#define DEQUANTISE_AHEAD 2048u
+
 /* Sanitizers add code to every step, and compilers then take minutes for the unrolled loops. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define UNROLL _Pragma("GCC unroll 1")
@@ -32,6 +35,18 @@
 #endif
 
 typedef float four_floats __attribute__((vector_size(16), may_alias));
+
+/* Asks for what the next steps will read; that may not be there, which does no harm. */
+KVL_INLINE void fetch_ahead(const uint8_t *from, uint32_t n_bytes, bool to_first_level)
+{
+    UNROLL for (uint32_t at = 0; at < n_bytes; at += 64)
+    {
+        if (to_first_level)
+            __builtin_prefetch(from + at, 0, 3);
+        else
+            __builtin_prefetch(from + at, 0, 2);
+    }
+}
 
 /* ---- sums of lanes ---- */
 
@@ -141,22 +156,6 @@ static void multiply(const kvl_cpu_panel *panel)
 
 /* ---- few rows ---- */
 
-/* Rows of weights are short and several are read at once: too much for the prefetcher of the
- * processor. But the rows of the next tile follow in memory, so while a tile is worked on, as many
- * bytes of those are asked for (Zen 4, one thread, Q4_1: from 4.5 to 11 GB/s). Asking for what is
- * not there does no harm. A tile of floats would push too much out of the first-level cache. */
-KVL_INLINE void fetch_ahead(const kvl_format *format, uint32_t n_outputs, const uint8_t *from)
-{
-    const bool floats = format->n_bytes >= 2 * KVL_UNIT_WEIGHTS && format->n_units == 1;
-    UNROLL for (uint32_t at = 0; at < n_outputs * format->n_bytes; at += 64)
-    {
-        if (floats)
-            __builtin_prefetch(from + at, 0, 2);
-        else
-            __builtin_prefetch(from + at, 0, 3);
-    }
-}
-
 /* Adds one block of n_outputs weight rows times n_rows inputs; both are constants. */
 KVL_INLINE void few_block(const kvl_format *format, uint32_t n_rows, uint32_t n_outputs,
                           const uint8_t *const *blocks, size_t block_at, const float *x,
@@ -222,7 +221,12 @@ KVL_INLINE void few_tile(const kvl_format *format, const kvl_cpu_few_part *part,
     const uint8_t *rows[FEW_OUTPUTS];
     UNROLL for (uint32_t o = 0; o < n_outputs; o++) rows[o] =
         (const uint8_t *)weights->data + (output + min_u32(o, n_there - 1)) * weights->row_bytes;
+    /* Rows of weights are short and several are read at once: too much for the prefetcher of the
+     * processor. But the rows of the next tile follow in memory, so while a tile is worked on, as
+     * many bytes of those are asked for (Zen 4, one thread, Q4_1: from 4.5 to 11 GB/s). A tile of
+     * floats would push too much out of the first-level cache. */
     const uint8_t *ahead = rows[0] + n_outputs * weights->row_bytes;
+    const bool quantised = format->n_units > 1 || format->n_bytes < 2 * KVL_UNIT_WEIGHTS;
     size_t at = 0; /* bytes into each row */
     for (uint32_t first = 0; first < n_inputs; first += run_inputs) {
         const uint32_t past = min_u32(n_inputs - first, run_inputs) + first;
@@ -233,7 +237,7 @@ KVL_INLINE void few_tile(const kvl_format *format, const kvl_cpu_few_part *part,
         }
         uint32_t k = first;
         for (; k + block_weights <= past; k += block_weights, at += format->n_bytes) {
-            fetch_ahead(format, n_outputs, ahead + at * n_outputs);
+            fetch_ahead(ahead + at * n_outputs, n_outputs * format->n_bytes, quantised);
             few_block(format, n_rows, n_outputs, rows, at, x + k, n_inputs, sums);
         }
         if (format->n_units == 1 && k < past)
@@ -281,6 +285,7 @@ KVL_INLINE void dequantise(const kvl_format *format, size_t n, const uint8_t *we
 {
     const size_t block_weights = format->n_units * (size_t)KVL_UNIT_WEIGHTS;
     for (; n >= block_weights; n -= block_weights) {
+        fetch_ahead(weights + DEQUANTISE_AHEAD, format->n_bytes, true);
         dequantise_block(format, weights, out);
         weights += format->n_bytes;
         out += block_weights;
