@@ -57,7 +57,8 @@ typedef struct demo_host {
 
 /* What happened to one agent in one round. */
 typedef struct demo_cell {
-    Kvloom__V1__RunReply *full, *reuse; /* unpacked; NULL where it did not run */
+    /* Unpacked; `full` is NULL where the run itself reused nothing: it is its own baseline. */
+    Kvloom__V1__RunReply *full, *reuse;
     double full_start_s, full_end_s, reuse_start_s, reuse_end_s; /* since the demo began */
     bool is_substitute; /* another host did it, since its own was down */
 } demo_cell;
@@ -84,6 +85,12 @@ void demo_hosts_stop(demo *d);
 
 /* cli/demo_rounds.c */
 KVL_MUST_USE kvl_status demo_run_round(demo *d, uint32_t round, kvl_error *error);
+
+/* The run without any reuse. */
+static inline const Kvloom__V1__RunReply *demo_full_of(const demo_cell *cell)
+{
+    return cell->full != NULL ? cell->full : cell->reuse;
+}
 
 /* Figures of one agent over the steady rounds. */
 typedef struct demo_figures {

@@ -192,6 +192,9 @@ void demo_host_kill(demo *d, size_t host)
 
 void demo_hosts_stop(demo *d)
 {
+    /* First, so that nobody is missed by us when they go. */
+    kvl_exchange_stop(d->exchange);
+    d->exchange = NULL;
     for (size_t h = 0; h < DEMO_AGENTS_MAX; h++) {
         if (d->hosts[h].pid != 0) (void)kill(d->hosts[h].pid, SIGTERM);
     }
@@ -204,8 +207,6 @@ void demo_hosts_stop(demo *d)
         }
         demo_host_kill(d, h);
     }
-    kvl_exchange_stop(d->exchange);
-    d->exchange = NULL;
     if (d->options->state == NULL && d->directory[0] != '\0')
         kvl_ignore(kvl_directory_remove(d->directory, NULL));
 }

@@ -32,7 +32,7 @@ static void add_cell(demo_figures *f, const demo_cell *cell)
     f->offset += counts.offset;
     f->computed += counts.computed;
     f->fetched_bytes += (double)counts.fetched_bytes;
-    f->ttft_full_ms += cell->full->ttft_ms;
+    f->ttft_full_ms += demo_full_of(cell)->ttft_ms;
     f->ttft_reuse_ms += cell->reuse->ttft_ms;
     const Kvloom__V1__Evaluation *reuse = cell->reuse->evaluation;
     /* An exact run has nothing to place: both ways are the same run. */
@@ -119,7 +119,7 @@ void demo_print_cell(const demo *d, uint32_t round, uint32_t agent)
 {
     if (d->options->json) return;
     const demo_cell *cell = &d->cells[round][agent];
-    const Kvloom__V1__RunReply *full = cell->full;
+    const Kvloom__V1__RunReply *full = demo_full_of(cell);
     const Kvloom__V1__RunReply *reuse = cell->reuse;
     const demo_counts n = demo_count(reuse);
     if (agent == 0)
@@ -130,7 +130,9 @@ void demo_print_cell(const demo *d, uint32_t round, uint32_t agent)
                  reuse->prompt_tokens, n.shared, n.placed, n.offset, n.computed,
                  (double)n.fetched_bytes / 1e6, full->ttft_ms, reuse->ttft_ms,
                  full->ttft_ms / reuse->ttft_ms);
-    if (reuse->exact)
+    if (cell->full == NULL)
+        (void)printf(", nothing to reuse yet");
+    else if (reuse->exact)
         (void)printf(", exact, %u wrong", reuse->wrong_tokens);
     else if (reuse->evaluation != NULL)
         (void)printf(", KL %.4f, top-1 %.3f", reuse->evaluation->kl,
@@ -189,10 +191,10 @@ static json_t *cell_json(const demo *d, uint32_t round, uint32_t agent)
         (int)round + 1, "agent", d->workflow.agents[agent].name, "prompt_tokens",
         (int)cell->reuse->prompt_tokens, "shared", (int)n.shared, "placed", (int)n.placed, "offset",
         (int)n.offset, "computed", (int)n.computed, "fetched_bytes", (json_int_t)n.fetched_bytes,
-        "ttft_full_ms", cell->full->ttft_ms, "ttft_reuse_ms", cell->reuse->ttft_ms, "exact",
+        "ttft_full_ms", demo_full_of(cell)->ttft_ms, "ttft_reuse_ms", cell->reuse->ttft_ms, "exact",
         cell->reuse->exact, "substitute", cell->is_substitute, "wrong_tokens",
-        (int)cell->reuse->wrong_tokens, "answer_full", (const char *)cell->full->text.data,
-        cell->full->text.len, "answer_reuse", (const char *)cell->reuse->text.data,
+        (int)cell->reuse->wrong_tokens, "answer_full", (const char *)demo_full_of(cell)->text.data,
+        demo_full_of(cell)->text.len, "answer_reuse", (const char *)cell->reuse->text.data,
         cell->reuse->text.len);
     if (row != NULL && cell->reuse->evaluation != NULL) {
         (void)json_object_set_new(row, "top1_agreement",

@@ -175,13 +175,13 @@ static void put_prompt(FILE *out, const demo *d, uint32_t round, uint32_t agent)
                   "instead of %.0f ms</summary><div class=\"prompt\">",
                   round + 1 == d->n_rounds_done && agent + 1 == d->options->n_agents ? " open" : "",
                   round + 1, d->workflow.agents[agent].name, cell->reuse->prompt_tokens,
-                  cell->reuse->ttft_ms, cell->full->ttft_ms);
+                  cell->reuse->ttft_ms, demo_full_of(cell)->ttft_ms);
     for (size_t p = 0; p < cell->reuse->n_parts; p++)
         put_part(out, cell->reuse->parts[p], text_of_part(d, round, agent, p));
     (void)fputs("</div><p><b>Answer with reuse.</b> ", out);
     put_text(out, (const char *)cell->reuse->text.data, cell->reuse->text.len);
     (void)fputs("</p><p><b>Answer of full prefill.</b> ", out);
-    put_text(out, (const char *)cell->full->text.data, cell->full->text.len);
+    put_text(out, (const char *)demo_full_of(cell)->text.data, demo_full_of(cell)->text.len);
     (void)fputs("</p></details>", out);
 }
 

@@ -92,8 +92,6 @@ static kvl_status run_mode(demo *d, size_t host, task *asked, Kvloom__V1__Mode m
                            Kvloom__V1__RunReply **ran, kvl_error *error)
 {
     asked->run.mode = mode;
-    asked->run.evaluate = mode == KVLOOM__V1__MODE__MODE_REUSE;
-    asked->run.place_only = asked->run.evaluate;
     Kvloom__V1__HostReply *reply = NULL;
     KVL_TRY(call(d, host, &asked->message, CALL_TIMEOUT_S, &reply, error));
     if (reply->what_case != KVLOOM__V1__HOST_REPLY__WHAT_RUN) {
@@ -142,6 +140,32 @@ static size_t find_host(const demo *d, uint32_t agent)
     return agent;
 }
 
+/* Hosts with new stores have nothing to reuse in the first round, so there is nothing to compare:
+ * the run is one in full, and it is not done twice. */
+static bool is_cold(const demo *d, uint32_t round)
+{
+    return round == 0 && d->options->state == NULL;
+}
+
+/* Runs the prompt on one host, in full and with reuse. */
+static kvl_status run_on(demo *d, size_t host, task *asked, bool cold, demo_cell *cell,
+                         kvl_error *error)
+{
+    cell->full_start_s = seconds(d);
+    asked->run.evaluate = false;
+    asked->run.place_only = false;
+    if (!cold)
+        KVL_TRY(run_mode(d, host, asked, KVLOOM__V1__MODE__MODE_FULL, &cell->full, error));
+    cell->full_end_s = seconds(d);
+    cell->reuse_start_s = cell->full_end_s;
+    asked->run.evaluate = !cold;
+    asked->run.place_only = !cold;
+    KVL_TRY(run_mode(d, host, asked, KVLOOM__V1__MODE__MODE_REUSE, &cell->reuse, error));
+    cell->reuse_end_s = cell->reuse_start_s + cell->reuse->total_ms / 1e3;
+    copy_anchors(d, host, cell->reuse);
+    return KVL_OK;
+}
+
 static kvl_status run_agent(demo *d, uint32_t round, uint32_t agent, kvl_error *error)
 {
     demo_cell *cell = &d->cells[round][agent];
@@ -150,19 +174,8 @@ static kvl_status run_agent(demo *d, uint32_t round, uint32_t agent, kvl_error *
     for (uint32_t attempt = 0;; attempt++) {
         const size_t host = find_host(d, agent);
         cell->is_substitute = host != agent;
-        cell->full_start_s = seconds(d);
-        kvl_status status =
-            run_mode(d, host, &asked, KVLOOM__V1__MODE__MODE_FULL, &cell->full, error);
-        cell->full_end_s = seconds(d);
-        cell->reuse_start_s = cell->full_end_s;
-        if (status == KVL_OK)
-            status = run_mode(d, host, &asked, KVLOOM__V1__MODE__MODE_REUSE, &cell->reuse, error);
-        cell->reuse_end_s = cell->reuse_start_s;
-        if (status == KVL_OK) {
-            cell->reuse_end_s += cell->reuse->total_ms / 1e3;
-            copy_anchors(d, host, cell->reuse);
-            return KVL_OK;
-        }
+        const kvl_status status = run_on(d, host, &asked, is_cold(d, round), cell, error);
+        if (status == KVL_OK) return KVL_OK;
         if (cell->full != NULL) kvloom__v1__run_reply__free_unpacked(cell->full, NULL);
         cell->full = NULL;
         /* A host that has gone is replaced by another; any other failure is a failure. */
