@@ -39,7 +39,8 @@ void *kvl_alloc_zero(size_t n, size_t size)
 void *kvl_alloc_aligned(size_t size)
 {
     size_t padded = 0;
-    if (size == 0 || !kvl_size_add(size, KVL_ALIGNMENT - 1, &padded) || !may_allocate()) return NULL;
+    if (size == 0 || !kvl_size_add(size, KVL_ALIGNMENT - 1, &padded) || !may_allocate())
+        return NULL;
     return counted(aligned_alloc(KVL_ALIGNMENT, padded / KVL_ALIGNMENT * KVL_ALIGNMENT));
 }
 

@@ -23,7 +23,8 @@ void kvl_digester_init(kvl_digester *digester, const void *key, size_t n_key_byt
     KVL_ASSERT(n_key_bytes <= crypto_generichash_KEYBYTES_MAX);
     /* Chooses the processor's fastest BLAKE2b; after the first call it only looks at a flag. */
     KVL_ASSERT(sodium_init() >= 0);
-    KVL_ASSERT(crypto_generichash_init(state_of(digester), key, n_key_bytes, KVL_DIGEST_BYTES) == 0);
+    KVL_ASSERT(crypto_generichash_init(state_of(digester), key, n_key_bytes, KVL_DIGEST_BYTES) ==
+               0);
 }
 
 void kvl_digester_add(kvl_digester *digester, const void *bytes, size_t n_bytes)
@@ -42,7 +43,8 @@ void kvl_digester_add_u64(kvl_digester *digester, uint64_t value)
 kvl_digest kvl_digester_end(kvl_digester *digester)
 {
     kvl_digest digest;
-    KVL_ASSERT(crypto_generichash_final(state_of(digester), digest.bytes, sizeof digest.bytes) == 0);
+    KVL_ASSERT(crypto_generichash_final(state_of(digester), digest.bytes, sizeof digest.bytes) ==
+               0);
     return digest;
 }
 
@@ -66,7 +68,8 @@ kvl_status kvl_digest_from_text(const char *text, kvl_digest *digest)
     size_t n_bytes = 0;
     const size_t length = strnlen(text, KVL_DIGEST_TEXT_BYTES);
     if (length != KVL_DIGEST_TEXT_BYTES - 1) return KVL_ERR_MALFORMED;
-    if (sodium_hex2bin(digest->bytes, sizeof digest->bytes, text, length, NULL, &n_bytes, NULL) != 0)
+    if (sodium_hex2bin(digest->bytes, sizeof digest->bytes, text, length, NULL, &n_bytes, NULL) !=
+        0)
         return KVL_ERR_MALFORMED;
     return n_bytes == KVL_DIGEST_BYTES ? KVL_OK : KVL_ERR_MALFORMED;
 }

@@ -43,9 +43,9 @@ void kvl_log(kvl_log_level level, const char *event, const char *format, ...)
     if ((int)level < least || level > KVL_LOG_ERROR) return;
 
     char line[LINE_MAX_BYTES];
-    const int head = snprintf(line, sizeof line, "level=%s event=%s%s%s%s", level_names[level],
-                              event, host_name[0] == '\0' ? "" : " host=", host_name,
-                              format[0] == '\0' ? "" : " ");
+    const int head =
+        snprintf(line, sizeof line, "level=%s event=%s%s%s%s", level_names[level], event,
+                 host_name[0] == '\0' ? "" : " host=", host_name, format[0] == '\0' ? "" : " ");
     size_t used = head < 0 ? 0 : (size_t)head;
     if (used > sizeof line - 2) used = sizeof line - 2;
     va_list arguments;

@@ -8,7 +8,7 @@
 const char *kvl_status_name(kvl_status status)
 {
     switch (status) {
-#define KVL_STATUS_NAME(number, name, class_name, sentence)                                       \
+#define KVL_STATUS_NAME(number, name, class_name, sentence)                                        \
     case KVL_##name: return #name;
         KVL_STATUS_LIST(KVL_STATUS_NAME)
 #undef KVL_STATUS_NAME
@@ -19,7 +19,7 @@ const char *kvl_status_name(kvl_status status)
 const char *kvl_status_sentence(kvl_status status)
 {
     switch (status) {
-#define KVL_STATUS_SENTENCE(number, name, class_name, sentence)                                   \
+#define KVL_STATUS_SENTENCE(number, name, class_name, sentence)                                    \
     case KVL_##name: return sentence;
         KVL_STATUS_LIST(KVL_STATUS_SENTENCE)
 #undef KVL_STATUS_SENTENCE
@@ -30,7 +30,7 @@ const char *kvl_status_sentence(kvl_status status)
 kvl_status_class kvl_status_class_of(kvl_status status)
 {
     switch (status) {
-#define KVL_STATUS_CLASS(number, name, class_name, sentence)                                      \
+#define KVL_STATUS_CLASS(number, name, class_name, sentence)                                       \
     case KVL_##name: return KVL_CLASS_##class_name;
         KVL_STATUS_LIST(KVL_STATUS_CLASS)
 #undef KVL_STATUS_CLASS

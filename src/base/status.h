@@ -18,27 +18,27 @@
 #define KVL_MUST_USE __attribute__((warn_unused_result))
 #define KVL_PRINTF(format_at, first_at) __attribute__((format(printf, format_at, first_at)))
 
-#define KVL_STATUS_LIST(X)                                                                        \
-    X(0, OK, OK, "done")                                                                          \
-    X(1, IN_PROGRESS, OK, "not finished yet")                                                     \
-    X(-1, ERR_INVALID, REFUSE, "a value is not allowed")                                          \
-    X(-2, ERR_OUT_OF_RANGE, REFUSE, "a number is outside its range")                              \
-    X(-3, ERR_TOO_LARGE, REFUSE, "larger than a limit")                                           \
-    X(-4, ERR_UNSUPPORTED, REFUSE, "known, but not supported here")                               \
-    X(-5, ERR_DENIED, REFUSE, "not allowed")                                                      \
-    X(-6, ERR_MALFORMED, REFUSE, "not in the expected format")                                    \
-    X(-7, ERR_EXISTS, REFUSE, "already there")                                                    \
-    X(-20, ERR_NOT_FOUND, MISS, "not there")                                                      \
-    X(-21, ERR_DAMAGED, MISS, "a checksum or a size does not match")                              \
-    X(-22, ERR_FOREIGN, MISS, "made by another model or format version")                          \
-    X(-23, ERR_EXPIRED, MISS, "its time is over")                                                 \
-    X(-40, ERR_BUSY, RETRY, "no capacity now")                                                    \
-    X(-41, ERR_TIMEOUT, RETRY, "the deadline passed")                                             \
-    X(-42, ERR_UNREACHABLE, RETRY, "no answer from there")                                        \
-    X(-43, ERR_CANCELLED, RETRY, "ended by the caller")                                           \
-    X(-60, ERR_NO_MEMORY, FATAL, "memory could not be had")                                       \
-    X(-61, ERR_IO, FATAL, "the operating system refused an operation")                            \
-    X(-62, ERR_CORRUPT, FATAL, "the store cannot be trusted")                                     \
+#define KVL_STATUS_LIST(X)                                                                         \
+    X(0, OK, OK, "done")                                                                           \
+    X(1, IN_PROGRESS, OK, "not finished yet")                                                      \
+    X(-1, ERR_INVALID, REFUSE, "a value is not allowed")                                           \
+    X(-2, ERR_OUT_OF_RANGE, REFUSE, "a number is outside its range")                               \
+    X(-3, ERR_TOO_LARGE, REFUSE, "larger than a limit")                                            \
+    X(-4, ERR_UNSUPPORTED, REFUSE, "known, but not supported here")                                \
+    X(-5, ERR_DENIED, REFUSE, "not allowed")                                                       \
+    X(-6, ERR_MALFORMED, REFUSE, "not in the expected format")                                     \
+    X(-7, ERR_EXISTS, REFUSE, "already there")                                                     \
+    X(-20, ERR_NOT_FOUND, MISS, "not there")                                                       \
+    X(-21, ERR_DAMAGED, MISS, "a checksum or a size does not match")                               \
+    X(-22, ERR_FOREIGN, MISS, "made by another model or format version")                           \
+    X(-23, ERR_EXPIRED, MISS, "its time is over")                                                  \
+    X(-40, ERR_BUSY, RETRY, "no capacity now")                                                     \
+    X(-41, ERR_TIMEOUT, RETRY, "the deadline passed")                                              \
+    X(-42, ERR_UNREACHABLE, RETRY, "no answer from there")                                         \
+    X(-43, ERR_CANCELLED, RETRY, "ended by the caller")                                            \
+    X(-60, ERR_NO_MEMORY, FATAL, "memory could not be had")                                        \
+    X(-61, ERR_IO, FATAL, "the operating system refused an operation")                             \
+    X(-62, ERR_CORRUPT, FATAL, "the store cannot be trusted")                                      \
     X(-63, ERR_INTERNAL, FATAL, "a mistake in KVLoom itself")
 
 typedef enum kvl_status {
@@ -79,13 +79,14 @@ typedef struct kvl_error {
  *     return KVL_FAIL(error, KVL_ERR_INVALID, "key %s is %u, must be below %u", ...); */
 KVL_MUST_USE kvl_status kvl_error_set(kvl_error *error, kvl_status status, const char *file,
                                       int line, const char *format, ...) KVL_PRINTF(5, 6);
-#define KVL_FAIL(error, status, ...) kvl_error_set((error), (status), __FILE__, __LINE__, __VA_ARGS__)
+#define KVL_FAIL(error, status, ...)                                                               \
+    kvl_error_set((error), (status), __FILE__, __LINE__, __VA_ARGS__)
 
 /* Returns the status of `call` when it is an error; the callee has filled the error already. */
-#define KVL_TRY(call)                                                                             \
-    do {                                                                                          \
-        const kvl_status kvl_try_status = (call);                                                 \
-        if (kvl_try_status < 0) return kvl_try_status;                                            \
+#define KVL_TRY(call)                                                                              \
+    do {                                                                                           \
+        const kvl_status kvl_try_status = (call);                                                  \
+        if (kvl_try_status < 0) return kvl_try_status;                                             \
     } while (0)
 
 /* For the rare call whose failure changes nothing: says that the status was thought of. */
@@ -96,7 +97,7 @@ static inline void kvl_ignore(kvl_status status)
 
 /* Our own mistakes, never outside data. Stays on in release builds: prints and aborts. */
 _Noreturn void kvl_assert_failed(const char *condition, const char *file, int line);
-#define KVL_ASSERT(condition)                                                                     \
+#define KVL_ASSERT(condition)                                                                      \
     ((condition) ? (void)0 : kvl_assert_failed(#condition, __FILE__, __LINE__))
 
 #endif /* KVL_BASE_STATUS_H */

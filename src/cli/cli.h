@@ -65,8 +65,8 @@ KVL_MUST_USE kvl_status kvl_models_directory(char path[PATH_MAX], kvl_error *err
 KVL_MUST_USE kvl_status kvl_models_find(const char *name_or_path, char path[PATH_MAX],
                                         kvl_error *error);
 /* Fetches a known model into the directory, unless it is there whole already. Blocks; shows what it
- * does on standard error. Errors: KVL_ERR_NOT_FOUND (unknown name: text lists the known), KVL_ERR_IO,
- * KVL_ERR_DAMAGED (wrong checksum: nothing is kept) */
+ * does on standard error. Errors: KVL_ERR_NOT_FOUND (unknown name: text lists the known),
+ * KVL_ERR_IO, KVL_ERR_DAMAGED (wrong checksum: nothing is kept) */
 KVL_MUST_USE kvl_status kvl_models_pull(const char *name, kvl_error *error);
 /* Prints the known models, one a line, and whether each is there. */
 void kvl_models_print(FILE *out);

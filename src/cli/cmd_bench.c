@@ -1,6 +1,6 @@
 /* cli/cmd_bench.c: `kvloom bench prefill|decode`: this engine beside this machine's own limits, in
- * one run. The limits: plain sgemm of the model's widest product, every thread its half, and reading
- * memory that fits no cache. Figures are medians of alternated repetitions. */
+ * one run. The limits: plain sgemm of the model's widest product, every thread its half, and
+ * reading memory that fits no cache. Figures are medians of alternated repetitions. */
 #include "base/alloc.h"
 #include "base/clock.h"
 #include "cli/cli.h"
@@ -52,8 +52,7 @@ static error_t parse(int key, char *text, struct argp_state *state)
     case OPTION_QUICK: wanted->n_repeats = REPEATS_QUICK; return 0;
     case OPTION_JSON: wanted->json = true; return 0;
     case ARGP_KEY_ARG:
-        if (wanted->name != NULL ||
-            (strcmp(text, "prefill") != 0 && strcmp(text, "decode") != 0))
+        if (wanted->name != NULL || (strcmp(text, "prefill") != 0 && strcmp(text, "decode") != 0))
             argp_usage(state);
         wanted->name = text;
         return 0;
@@ -104,8 +103,13 @@ static void multiply_part(void *context, size_t item, size_t thread)
 static double measure_sgemm(kvl_engine *engine, float *memory)
 {
     enum { ROWS = 512 };
-    product p = {ROWS, engine->shape->width, engine->shape->feed_forward,
-                 kvl_pool_n_threads(engine->threads), memory, NULL, NULL};
+    product p = {ROWS,
+                 engine->shape->width,
+                 engine->shape->feed_forward,
+                 kvl_pool_n_threads(engine->threads),
+                 memory,
+                 NULL,
+                 NULL};
     const size_t n_x = (size_t)ROWS * p.n_inputs;
     const size_t n_weights = (size_t)p.n_outputs * p.n_inputs;
     KVL_ASSERT(n_x + n_weights + (size_t)ROWS * p.n_outputs <= READ_FLOATS);
@@ -133,8 +137,8 @@ static void read_part(void *context, size_t item, size_t thread)
     (void)thread;
     reading *r = context;
     const size_t n = READ_FLOATS / r->n_parts;
-    /* Integers, not floats: a sum of floats may not be reordered, and the additions would be what is
-     * measured. */
+    /* Integers, not floats: a sum of floats may not be reordered, and the additions would be what
+     * is measured. */
     uint64_t sums[8] = {0};
     const uint64_t *at = (const uint64_t *)(const void *)(r->memory + item * n);
     for (size_t i = 0; i + 8 <= n / 2; i += 8) {
@@ -174,7 +178,7 @@ static void count_weights(const kvl_engine *engine, double *n_bytes, double *flo
     for (uint32_t l = 0; l < engine->shape->n_layers; l++) {
         const kvl_layer_weights *w = kvl_model_layer(engine->model, l);
         const kvl_matrix *const all[] = {&w->query, &w->key, &w->value, &w->attention_output,
-                                         &w->gate, &w->up,  &w->down};
+                                         &w->gate,  &w->up,  &w->down};
         for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
             *n_bytes += (double)matrix_bytes(all[i]);
             *flops += 2.0 * all[i]->n_inputs * all[i]->n_outputs;
@@ -259,9 +263,9 @@ static void print_figures(const kvl_engine *engine, const arguments *wanted, con
     const char *fraction = prefill ? "fraction_of_sgemm" : "fraction_of_memory_bandwidth";
     if (!wanted->json) {
         (void)printf("%s of %u tokens: %.1f tokens/s, %.2f of %s (sgemm %.0f GFLOP/s, reading "
-                     "%.1f GB/s)\n", wanted->name, wanted->n_tokens, seen->tokens_per_s,
-                     seen->fraction, prefill ? "sgemm" : "memory bandwidth", seen->sgemm_gflops,
-                     seen->read_gbs);
+                     "%.1f GB/s)\n",
+                     wanted->name, wanted->n_tokens, seen->tokens_per_s, seen->fraction,
+                     prefill ? "sgemm" : "memory bandwidth", seen->sgemm_gflops, seen->read_gbs);
         return;
     }
     json_t *report = json_pack(
@@ -302,9 +306,13 @@ static kvl_status bench(kvl_engine *engine, const arguments *wanted, kvl_error *
 int kvl_command_bench(int argc, char **argv)
 {
     static const struct argp_child children[] = {{&kvl_cli_engine_argp, 0, NULL, 0}, {0}};
-    static const struct argp argp = {options, parse, "prefill|decode",
-                                     "Measure this engine beside this machine's limits.", children,
-                                     NULL, NULL};
+    static const struct argp argp = {options,
+                                     parse,
+                                     "prefill|decode",
+                                     "Measure this engine beside this machine's limits.",
+                                     children,
+                                     NULL,
+                                     NULL};
     arguments wanted = {.n_tokens = TOKENS_DEFAULT, .n_repeats = REPEATS_DEFAULT};
     if (argp_parse(&argp, argc, argv, 0, NULL, &wanted) != 0) return KVL_EXIT_USAGE;
     kvl_error error;

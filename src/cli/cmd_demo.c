@@ -68,9 +68,7 @@ static error_t parse(int key, char *text, struct argp_state *state)
     case 'r':
         wanted->n_rounds = kvl_cli_number(state, "--rounds", text, 1, DEMO_ROUNDS_MAX);
         return 0;
-    case 'n':
-        wanted->max_tokens = kvl_cli_number(state, "--max-tokens", text, 1, 1024);
-        return 0;
+    case 'n': wanted->max_tokens = kvl_cli_number(state, "--max-tokens", text, 1, 1024); return 0;
     case 'v': wanted->is_verbose = true; return 0;
     case OPTION_QUALITY: wanted->quality = parse_quality(text, state); return 0;
     case OPTION_SHOW: wanted->show_answers = true; return 0;
@@ -107,8 +105,8 @@ static void free_cells(demo *d)
 static kvl_status run(demo *d, kvl_error *error)
 {
     const demo_options *wanted = d->options;
-    KVL_TRY(demo_workflow_load(wanted->data == NULL ? find_data() : wanted->data, &d->workflow,
-                               error));
+    KVL_TRY(
+        demo_workflow_load(wanted->data == NULL ? find_data() : wanted->data, &d->workflow, error));
     if (wanted->n_agents > d->workflow.n_agents)
         return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "the workflow has %zu agents, not %u",
                         d->workflow.n_agents, wanted->n_agents);
@@ -120,8 +118,10 @@ static kvl_status run(demo *d, kvl_error *error)
     for (uint32_t r = 0; r < wanted->n_rounds; r++) KVL_TRY(demo_run_round(d, r, error));
     demo_summary summary;
     demo_summarise(d, &summary);
-    if (wanted->json) demo_print_json(d, &summary);
-    else demo_print_table(d, &summary);
+    if (wanted->json)
+        demo_print_json(d, &summary);
+    else
+        demo_print_table(d, &summary);
     if (wanted->report == NULL) return KVL_OK;
     return demo_write_report(d, &summary, wanted->report, error);
 }
@@ -130,8 +130,8 @@ int kvl_command_demo(int argc, char **argv)
 {
     static const struct argp_child children[] = {{&kvl_cli_engine_argp, 0, NULL, 0}, {0}};
     static const struct argp argp = {
-        options, parse, NULL, "Five agents share what they have read: the main job.", children, NULL,
-        NULL};
+        options,  parse, NULL, "Five agents share what they have read: the main job.",
+        children, NULL,  NULL};
     demo_options wanted = {
         .n_agents = DEMO_AGENTS_MAX, .n_rounds = ROUNDS_DEFAULT, .max_tokens = ANSWER_DEFAULT};
     if (argp_parse(&argp, argc, argv, 0, NULL, &wanted) != 0) return KVL_EXIT_USAGE;

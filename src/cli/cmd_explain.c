@@ -1,4 +1,5 @@
-/* cli/cmd_explain.c: `kvloom explain`: asks a running host how it would have each part of a prompt. */
+/* cli/cmd_explain.c: `kvloom explain`: asks a running host how it would have each part of a prompt.
+ */
 #include "base/alloc.h"
 #include "cli/cli.h"
 #include "exchange/exchange.h"
@@ -9,8 +10,13 @@
 #include <string.h>
 #include <time.h>
 
-enum { MESSAGES_MAX = 31, PARTS_MAX = 2 * MESSAGES_MAX + 1, CONNECT_TIMEOUT_S = 5,
-       CALL_TIMEOUT_S = 60, OPTION_WORKFLOW = 256 };
+enum {
+    MESSAGES_MAX = 31,
+    PARTS_MAX = 2 * MESSAGES_MAX + 1,
+    CONNECT_TIMEOUT_S = 5,
+    CALL_TIMEOUT_S = 60,
+    OPTION_WORKFLOW = 256
+};
 
 typedef struct arguments {
     kvl_exchange_peer host;
@@ -46,7 +52,7 @@ static error_t parse(int key, char *text, struct argp_state *state)
     }
 }
 
-/* A prompt of messages: each content is a slot of its own, the turns around it are template text. */
+/* A prompt of messages: each content is a slot, the turns around it are template text. */
 typedef struct prompt {
     Kvloom__V1__PromptPart parts[PARTS_MAX];
     Kvloom__V1__PromptPart *pointers[PARTS_MAX];
@@ -136,7 +142,8 @@ static kvl_status ask(const arguments *wanted, const prompt *made, Kvloom__V1__H
 
 static void print_plan(const Kvloom__V1__RunReply *plan)
 {
-    (void)printf("part          tokens  shared  placed  offset  computed    cost  if computed  why\n");
+    (void)printf(
+        "part          tokens  shared  placed  offset  computed    cost  if computed  why\n");
     double cost = 0.0;
     double compute = 0.0;
     for (size_t p = 0; p < plan->n_parts; p++) {

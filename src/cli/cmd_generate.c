@@ -56,9 +56,7 @@ static error_t parse(int key, char *text, struct argp_state *state)
     case 'n':
         wanted->max_tokens = kvl_cli_number(state, "--max-tokens", text, 1, KVL_POSITIONS_MAX);
         return 0;
-    case OPTION_SEED:
-        wanted->seed = kvl_cli_number(state, "--seed", text, 0, UINT32_MAX);
-        return 0;
+    case OPTION_SEED: wanted->seed = kvl_cli_number(state, "--seed", text, 0, UINT32_MAX); return 0;
     case OPTION_TEMPERATURE: {
         char *end = NULL;
         wanted->temperature = strtof(text, &end);
@@ -203,7 +201,7 @@ static void print_json(const kvl_engine *engine, const kvl_session *session, uin
     (void)json_dumpf(answer, stdout, JSON_INDENT(2));
     (void)printf("\n");
     json_decref(answer);
-    free(text);
+    free(text); /* tidy: free, open_memstream allocated it */
 }
 
 static kvl_status answer(kvl_engine *engine, const arguments *wanted, const uint32_t *ids,
@@ -253,9 +251,8 @@ static kvl_status generate(kvl_engine *engine, const arguments *wanted, kvl_erro
     size_t n_ids = 0;
     kvl_session *session = NULL;
     float *logits = kvl_alloc((size_t)engine->shape->n_vocab * sizeof *logits);
-    kvl_status status = logits == NULL
-                            ? KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for logits")
-                            : make_prompt(engine->model, wanted, &ids, &n_ids, error);
+    kvl_status status = logits == NULL ? KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for logits")
+                                       : make_prompt(engine->model, wanted, &ids, &n_ids, error);
     if (status == KVL_OK) status = kvl_session_create(engine, &session, error);
     if (status == KVL_OK) status = answer(engine, wanted, ids, n_ids, logits, session, error);
     kvl_session_destroy(session);
@@ -267,8 +264,8 @@ static kvl_status generate(kvl_engine *engine, const arguments *wanted, kvl_erro
 int kvl_command_generate(int argc, char **argv)
 {
     static const struct argp_child children[] = {{&kvl_cli_engine_argp, 0, NULL, 0}, {0}};
-    static const struct argp argp = {options, parse, NULL, "Answer a prompt.", children, NULL,
-                                     NULL};
+    static const struct argp argp = {options,  parse, NULL, "Answer a prompt.",
+                                     children, NULL,  NULL};
     arguments wanted = {.max_tokens = MAX_TOKENS_DEFAULT};
     if (argp_parse(&argp, argc, argv, 0, NULL, &wanted) != 0) return KVL_EXIT_USAGE;
     kvl_error error;

@@ -67,14 +67,14 @@ static kvl_status compute(kvl_engine *engine, const arguments *wanted, FILE *out
     uint32_t n_shared = 0;
     kvl_status status = kvl_session_create(engine, &session, error);
     if (status == KVL_OK && logits == NULL)
-        status = KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for %u rows of logits",
-                          wanted->n_rows);
+        status =
+            KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for %u rows of logits", wanted->n_rows);
     if (status == KVL_OK)
-        status = n_ids > engine->n_positions
-                     ? KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "%s has %zu ids, the context is %u",
-                                wanted->ids, n_ids, engine->n_positions)
-                     : kvl_session_begin(session, ids, (uint32_t)n_ids, 0, false, 0, &n_shared,
-                                         error);
+        status =
+            n_ids > engine->n_positions
+                ? KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "%s has %zu ids, the context is %u",
+                           wanted->ids, n_ids, engine->n_positions)
+                : kvl_session_begin(session, ids, (uint32_t)n_ids, 0, false, 0, &n_shared, error);
     if (status == KVL_OK) status = write_logits(session, wanted, n_vocab, logits, out, error);
     kvl_session_destroy(session);
     kvl_free(logits);
@@ -85,9 +85,8 @@ static kvl_status compute(kvl_engine *engine, const arguments *wanted, FILE *out
 int kvl_command_logits(int argc, char **argv)
 {
     static const struct argp_child children[] = {{&kvl_cli_engine_argp, 0, NULL, 0}, {0}};
-    static const struct argp argp = {options, parse, NULL,
-                                     "Write the logits of every token of a text.", children, NULL,
-                                     NULL};
+    static const struct argp argp = {
+        options, parse, NULL, "Write the logits of every token of a text.", children, NULL, NULL};
     arguments wanted = {.n_rows = ROWS_DEFAULT};
     if (argp_parse(&argp, argc, argv, 0, NULL, &wanted) != 0) return KVL_EXIT_USAGE;
     kvl_error error;

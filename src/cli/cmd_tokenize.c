@@ -66,9 +66,8 @@ static kvl_status decode(const kvl_tokenizer *tokenizer, const arguments *wanted
 int kvl_command_tokenize(int argc, char **argv)
 {
     static const struct argp_child children[] = {{&kvl_cli_engine_argp, 0, NULL, 0}, {0}};
-    static const struct argp argp = {options, parse, "FILE",
-                                     "Print the token ids of a text, one a line.", children, NULL,
-                                     NULL};
+    static const struct argp argp = {
+        options, parse, "FILE", "Print the token ids of a text, one a line.", children, NULL, NULL};
     arguments wanted = {0};
     if (argp_parse(&argp, argc, argv, 0, NULL, &wanted) != 0) return KVL_EXIT_USAGE;
     kvl_error error;
@@ -78,8 +77,8 @@ int kvl_command_tokenize(int argc, char **argv)
     if (kvl_models_find(name, path, &error) != KVL_OK) return kvl_cli_fail(&error);
     if (kvl_model_open(path, &model, &error) != KVL_OK) return kvl_cli_fail(&error);
     const kvl_tokenizer *tokenizer = kvl_model_tokenizer(model);
-    const kvl_status status = wanted.decode ? decode(tokenizer, &wanted, &error)
-                                            : encode(tokenizer, &wanted, &error);
+    const kvl_status status =
+        wanted.decode ? decode(tokenizer, &wanted, &error) : encode(tokenizer, &wanted, &error);
     kvl_model_close(model);
     return status == KVL_OK ? KVL_EXIT_OK : kvl_cli_fail(&error);
 }

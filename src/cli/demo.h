@@ -9,8 +9,13 @@
 
 #include <sys/types.h>
 
-enum { DEMO_AGENTS_MAX = 5, DEMO_ROUNDS_MAX = 64, DEMO_PARTS_MAX = 32, DEMO_NAME_MAX = 32,
-       DEMO_STEADY_ROUND = 2 /* anchors are measured in rounds 0 and 1 */ };
+enum {
+    DEMO_AGENTS_MAX = 5,
+    DEMO_ROUNDS_MAX = 64,
+    DEMO_PARTS_MAX = 32,
+    DEMO_NAME_MAX = 32,
+    DEMO_STEADY_ROUND = 2 /* anchors are measured in rounds 0 and 1 */
+};
 
 typedef struct demo_options {
     kvl_cli_engine engine;

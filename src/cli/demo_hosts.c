@@ -1,6 +1,7 @@
 /* cli/demo_hosts.c: one process a host, each with its own store, all connected to all. */
 #include "base/file.h"
 #include "base/random.h"
+#include "base/alloc.h"
 #include "cli/demo.h"
 
 #include <errno.h>
@@ -68,12 +69,12 @@ static void build_line(const demo *d, size_t host, command_line *line)
 
 static kvl_status spawn_host(demo *d, size_t host, kvl_error *error)
 {
-    command_line *line = calloc(1, sizeof *line);
+    command_line *line = kvl_alloc_zero(1, sizeof *line);
     if (line == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a command line");
     build_line(d, host, line);
-    const int reason = posix_spawn(&d->hosts[host].pid, "/proc/self/exe", NULL, NULL,
-                                   line->arguments, environ);
-    free(line);
+    const int reason =
+        posix_spawn(&d->hosts[host].pid, "/proc/self/exe", NULL, NULL, line->arguments, environ);
+    kvl_free(line);
     if (reason == 0) return KVL_OK;
     d->hosts[host].pid = 0;
     return KVL_FAIL(error, KVL_ERR_IO, "cannot start host %s: %s", d->hosts[host].name,
@@ -95,8 +96,10 @@ static kvl_status wait_until_up(demo *d, size_t host, kvl_error *error)
         int outcome = 0;
         if (waitpid(d->hosts[host].pid, &outcome, WNOHANG) == d->hosts[host].pid) {
             d->hosts[host].pid = 0;
-            return KVL_FAIL(error, KVL_ERR_UNREACHABLE, "host %s ended while it started; its "
-                            "message is above", d->hosts[host].name);
+            return KVL_FAIL(error, KVL_ERR_UNREACHABLE,
+                            "host %s ended while it started; its "
+                            "message is above",
+                            d->hosts[host].name);
         }
         if (kvl_clock_now(clock) > deadline)
             return KVL_FAIL(error, KVL_ERR_TIMEOUT, "host %s does not answer after %d s",
@@ -157,9 +160,11 @@ static kvl_status name_hosts(demo *d, kvl_error *error)
         (void)snprintf(host->name, sizeof host->name, "%s", d->workflow.agents[h].name);
         const int n = snprintf(host->endpoint, sizeof host->endpoint, "ipc://%s/%zu.sock",
                                d->directory, h + 1);
-        const int m = snprintf(host->store, sizeof host->store, "%s/store-%zu", d->directory, h + 1);
+        const int m =
+            snprintf(host->store, sizeof host->store, "%s/store-%zu", d->directory, h + 1);
         if (n >= (int)sizeof host->endpoint || m >= (int)sizeof host->store)
-            return KVL_FAIL(error, KVL_ERR_TOO_LARGE, "the path %.64s... is too long", d->directory);
+            return KVL_FAIL(error, KVL_ERR_TOO_LARGE, "the path %.64s... is too long",
+                            d->directory);
     }
     return KVL_OK;
 }
@@ -202,8 +207,10 @@ void demo_hosts_stop(demo *d)
     const int64_t deadline = kvl_clock_now(clock) + STOP_TIMEOUT_S * KVL_NS_PER_S;
     for (size_t h = 0; h < DEMO_AGENTS_MAX; h++) {
         while (d->hosts[h].pid != 0 && kvl_clock_now(clock) < deadline) {
-            if (waitpid(d->hosts[h].pid, NULL, WNOHANG) != 0) d->hosts[h].pid = 0;
-            else nap();
+            if (waitpid(d->hosts[h].pid, NULL, WNOHANG) != 0)
+                d->hosts[h].pid = 0;
+            else
+                nap();
         }
         demo_host_kill(d, h);
     }

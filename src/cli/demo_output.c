@@ -48,10 +48,10 @@ static void add_cell(demo_figures *f, const demo_cell *cell)
 static void divide(demo_figures *f)
 {
     if (f->n == 0) return;
-    double *const means[] = {&f->prompt_tokens, &f->shared,          &f->placed,
-                             &f->offset,        &f->computed,        &f->fetched_bytes,
-                             &f->ttft_full_ms,  &f->ttft_reuse_ms,   &f->top1,
-                             &f->kl,            &f->place_only_top1, &f->place_only_kl};
+    double *const means[] = {
+        &f->prompt_tokens,   &f->shared,       &f->placed,        &f->offset, &f->computed,
+        &f->fetched_bytes,   &f->ttft_full_ms, &f->ttft_reuse_ms, &f->top1,   &f->kl,
+        &f->place_only_top1, &f->place_only_kl};
     for (size_t i = 0; i < sizeof means / sizeof *means; i++) *means[i] /= f->n;
     if (f->ttft_reuse_ms > 0.0) f->speedup = f->ttft_full_ms / f->ttft_reuse_ms;
 }
@@ -99,8 +99,10 @@ static void print_answer(const char *label, const Kvloom__V1__RunReply *reply)
     (void)printf("      %s: ", label);
     for (size_t i = 0; i < reply->text.len; i++) {
         const char c = (char)reply->text.data[i];
-        if (c == '\n') (void)printf("\n      ");
-        else (void)putchar(c);
+        if (c == '\n')
+            (void)printf("\n      ");
+        else
+            (void)putchar(c);
     }
     (void)printf("\n");
 }
@@ -110,8 +112,8 @@ static void print_missing(const Kvloom__V1__RunReply *reply)
     for (size_t p = 0; p < reply->n_parts; p++) {
         const Kvloom__V1__PartReport *part = reply->parts[p];
         if (strstr(part->reason, "not to be had") != NULL)
-            (void)printf("      dense prefill of {%s}, %u tokens: %s\n", part->slot,
-                         part->n_tokens, part->reason);
+            (void)printf("      dense prefill of {%s}, %u tokens: %s\n", part->slot, part->n_tokens,
+                         part->reason);
     }
 }
 
@@ -126,9 +128,9 @@ void demo_print_cell(const demo *d, uint32_t round, uint32_t agent)
         (void)printf("round %u: %s\n", round + 1,
                      d->workflow.short_questions[round % d->workflow.n_rounds]);
     (void)printf("  %-12s %5u tokens: %4u shared %4u placed %4u offset %4u computed, %5.1f MB "
-                 "fetched, TTFT %6.0f -> %5.0f ms (%.1fx)", d->workflow.agents[agent].name,
-                 reuse->prompt_tokens, n.shared, n.placed, n.offset, n.computed,
-                 (double)n.fetched_bytes / 1e6, full->ttft_ms, reuse->ttft_ms,
+                 "fetched, TTFT %6.0f -> %5.0f ms (%.1fx)",
+                 d->workflow.agents[agent].name, reuse->prompt_tokens, n.shared, n.placed, n.offset,
+                 n.computed, (double)n.fetched_bytes / 1e6, full->ttft_ms, reuse->ttft_ms,
                  full->ttft_ms / reuse->ttft_ms);
     if (cell->full == NULL)
         (void)printf(", nothing to reuse yet");
@@ -158,28 +160,29 @@ void demo_print_table(const demo *d, const demo_summary *s)
     for (uint32_t a = 0; a < d->options->n_agents; a++) {
         const demo_figures *f = &s->agents[a];
         (void)printf("%-12s %7.0f %7.0f %7.0f %7.0f %9.0f %5.1f MB %7.0f ms %3.0f ms %5.1fx "
-                     "%6.3f %6.4f  |             %6.3f %6.4f\n", d->workflow.agents[a].name,
-                     f->prompt_tokens, f->shared, f->placed, f->offset, f->computed,
-                     f->fetched_bytes / 1e6, f->ttft_full_ms, f->ttft_reuse_ms, f->speedup, f->top1,
-                     f->kl, f->place_only_top1, f->place_only_kl);
+                     "%6.3f %6.4f  |             %6.3f %6.4f\n",
+                     d->workflow.agents[a].name, f->prompt_tokens, f->shared, f->placed, f->offset,
+                     f->computed, f->fetched_bytes / 1e6, f->ttft_full_ms, f->ttft_reuse_ms,
+                     f->speedup, f->top1, f->kl, f->place_only_top1, f->place_only_kl);
     }
-    (void)printf("\nreused %.1f %% of prompt tokens; TTFT %.1fx faster for the last agent, %.1fx on "
-                 "average from the second on\n"
-                 "anchors: top-1 %.4f, KL %.5f; placed without them: top-1 %.4f, KL %.5f\n"
-                 "exact runs: %u wrong tokens\n", 100.0 * s->reuse_rate, s->speedup_last,
-                 s->speedup_mean, s->top1, s->kl, s->place_only_top1, s->place_only_kl,
-                 s->wrong_exact_tokens);
+    (void)printf(
+        "\nreused %.1f %% of prompt tokens; TTFT %.1fx faster for the last agent, %.1fx on "
+        "average from the second on\n"
+        "anchors: top-1 %.4f, KL %.5f; placed without them: top-1 %.4f, KL %.5f\n"
+        "exact runs: %u wrong tokens\n",
+        100.0 * s->reuse_rate, s->speedup_last, s->speedup_mean, s->top1, s->kl, s->place_only_top1,
+        s->place_only_kl, s->wrong_exact_tokens);
 }
 
 static json_t *agent_json(const demo *d, const demo_figures *f, uint32_t agent)
 {
-    return json_pack("{s:s, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}",
-                     "name", d->workflow.agents[agent].name, "prompt_tokens", f->prompt_tokens,
-                     "shared", f->shared, "placed", f->placed, "offset", f->offset, "blended",
-                     f->blended, "computed", f->computed, "fetched_bytes", f->fetched_bytes,
-                     "ttft_full_ms", f->ttft_full_ms, "ttft_reuse_ms", f->ttft_reuse_ms, "speedup",
-                     f->speedup, "top1_agreement", f->top1, "kl", f->kl, "place_only_top1_agreement",
-                     f->place_only_top1, "place_only_kl", f->place_only_kl);
+    return json_pack(
+        "{s:s, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "name",
+        d->workflow.agents[agent].name, "prompt_tokens", f->prompt_tokens, "shared", f->shared,
+        "placed", f->placed, "offset", f->offset, "blended", f->blended, "computed", f->computed,
+        "fetched_bytes", f->fetched_bytes, "ttft_full_ms", f->ttft_full_ms, "ttft_reuse_ms",
+        f->ttft_reuse_ms, "speedup", f->speedup, "top1_agreement", f->top1, "kl", f->kl,
+        "place_only_top1_agreement", f->place_only_top1, "place_only_kl", f->place_only_kl);
 }
 
 static json_t *cell_json(const demo *d, uint32_t round, uint32_t agent)
@@ -214,13 +217,13 @@ void demo_print_json(const demo *d, const demo_summary *s)
         for (uint32_t a = 0; a < d->options->n_agents; a++)
             (void)json_array_append_new(rows, cell_json(d, r, a));
     }
-    json_t *report = json_pack(
-        "{s:s, s:o, s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:i, s:o, s:s}", "name", "demo",
-        "agents", agents, "rounds", (int)d->n_rounds_done, "reuse_rate", s->reuse_rate,
-        "speedup_mean", s->speedup_mean, "speedup_last", s->speedup_last, "top1_agreement", s->top1,
-        "kl", s->kl, "place_only_top1_agreement", s->place_only_top1, "place_only_kl",
-        s->place_only_kl, "wrong_exact_tokens", (int)s->wrong_exact_tokens, "rows", rows, "version",
-        KVL_VERSION);
+    json_t *report =
+        json_pack("{s:s, s:o, s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:i, s:o, s:s}", "name",
+                  "demo", "agents", agents, "rounds", (int)d->n_rounds_done, "reuse_rate",
+                  s->reuse_rate, "speedup_mean", s->speedup_mean, "speedup_last", s->speedup_last,
+                  "top1_agreement", s->top1, "kl", s->kl, "place_only_top1_agreement",
+                  s->place_only_top1, "place_only_kl", s->place_only_kl, "wrong_exact_tokens",
+                  (int)s->wrong_exact_tokens, "rows", rows, "version", KVL_VERSION);
     (void)json_dumpf(report, stdout, JSON_INDENT(2));
     (void)printf("\n");
     json_decref(report);

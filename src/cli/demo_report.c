@@ -1,5 +1,5 @@
-/* cli/demo_report.c: the demo as one HTML page without outside resources: figures, a timeline of the
- * hosts, and every prompt coloured by what happened to each token. */
+/* cli/demo_report.c: the demo as one HTML page without outside resources: figures, a timeline of
+ * the hosts, and every prompt coloured by what happened to each token. */
 #include "base/file.h"
 #include "cli/demo.h"
 
@@ -60,7 +60,8 @@ static void put_table(FILE *out, const demo *d, const demo_summary *s)
 {
     (void)fputs("<h2>Agents</h2><table><tr><th>agent<th>tokens<th>shared<th>placed<th>offset"
                 "<th>computed<th>fetched<th>TTFT full<th>TTFT reuse<th>ratio<th>top-1<th>KL"
-                "<th>top-1, place only<th>KL, place only</tr>", out);
+                "<th>top-1, place only<th>KL, place only</tr>",
+                out);
     for (uint32_t a = 0; a < d->options->n_agents; a++) {
         const demo_figures *f = &s->agents[a];
         (void)fprintf(out,
@@ -71,7 +72,8 @@ static void put_table(FILE *out, const demo *d, const demo_summary *s)
                       f->speedup, f->top1, f->kl, f->place_only_top1, f->place_only_kl);
     }
     (void)fputs("</table><p class=\"dim\">Means of the rounds in which anchors can be used: they "
-                "are measured in the first two.</p>", out);
+                "are measured in the first two.</p>",
+                out);
 }
 
 enum { CHART_LEFT = 110, CHART_WIDTH = 960, LANE_HEIGHT = 30 };
@@ -120,8 +122,9 @@ static void put_timeline(FILE *out, const demo *d)
             put_bar(out, scale, a, first_token, cell->reuse_end_s, "shared", "answer");
         }
     }
-    (void)fprintf(out, "<text x=\"%d\" y=\"%u\">0 s</text><text x=\"%d\" y=\"%u\" "
-                       "text-anchor=\"end\">%.1f s</text></svg>",
+    (void)fprintf(out,
+                  "<text x=\"%d\" y=\"%u\">0 s</text><text x=\"%d\" y=\"%u\" "
+                  "text-anchor=\"end\">%.1f s</text></svg>",
                   CHART_LEFT, n * LANE_HEIGHT + 15, CHART_WIDTH, n * LANE_HEIGHT + 15, end_of(d));
 }
 
@@ -198,15 +201,16 @@ kvl_status demo_write_report(const demo *d, const demo_summary *summary, const c
     put_timeline(out, d);
     (void)fputs("<h2>Prompts</h2><p class=\"key\"><span class=\"s\">shared: exact prefix</span> "
                 "<span class=\"o\">offset: placed, corrected by anchors</span> <span class=\"p\">"
-                "placed</span> <span class=\"c\">computed</span></p>", out);
+                "placed</span> <span class=\"c\">computed</span></p>",
+                out);
     for (uint32_t r = 0; r < d->n_rounds_done; r++) {
         for (uint32_t a = 0; a < d->options->n_agents; a++) put_prompt(out, d, r, a);
     }
     (void)fputs("</body></html>\n", out);
     const bool written = fclose(out) == 0;
-    const kvl_status status =
-        written ? kvl_file_write(path, page, n_bytes, error)
-                : KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for the report");
-    free(page);
+    const kvl_status status = written
+                                  ? kvl_file_write(path, page, n_bytes, error)
+                                  : KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for the report");
+    free(page); /* tidy: free, open_memstream allocated it */
     return status;
 }

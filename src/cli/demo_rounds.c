@@ -1,5 +1,5 @@
-/* cli/demo_rounds.c: one round: every agent reads the question, its document and all earlier answers;
- * each prompt is run in full first, then with reuse, by the same host. */
+/* cli/demo_rounds.c: one round: every agent reads the question, its document and all earlier
+ * answers; each prompt is run in full first, then with reuse, by the same host. */
 #include "base/alloc.h"
 #include "cli/demo.h"
 
@@ -44,8 +44,7 @@ typedef struct task {
     Kvloom__V1__PromptPart *pointers[DEMO_PARTS_MAX];
 } task;
 
-static void fill_slot(const demo *d, uint32_t round, const char *slot,
-                      Kvloom__V1__PromptPart *part)
+static void fill_slot(const demo *d, uint32_t round, const char *slot, Kvloom__V1__PromptPart *part)
 {
     unsigned agent = 0;
     if (sscanf(slot, "agent_%u", &agent) == 1 && agent >= 1 && agent <= d->options->n_agents) {
@@ -154,8 +153,7 @@ static kvl_status run_on(demo *d, size_t host, task *asked, bool cold, demo_cell
     cell->full_start_s = seconds(d);
     asked->run.evaluate = false;
     asked->run.place_only = false;
-    if (!cold)
-        KVL_TRY(run_mode(d, host, asked, KVLOOM__V1__MODE__MODE_FULL, &cell->full, error));
+    if (!cold) KVL_TRY(run_mode(d, host, asked, KVLOOM__V1__MODE__MODE_FULL, &cell->full, error));
     cell->full_end_s = seconds(d);
     cell->reuse_start_s = cell->full_end_s;
     asked->run.evaluate = !cold;

@@ -24,7 +24,8 @@ static kvl_status add_piece(demo_agent *agent, const char *text, size_t n_bytes,
         memcpy(piece->slot, slot, n_bytes);
     } else {
         piece->text = kvl_alloc_zero(1, n_bytes + 1);
-        if (piece->text == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a template");
+        if (piece->text == NULL)
+            return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a template");
         memcpy(piece->text, text, n_bytes);
     }
     agent->n_pieces++;
@@ -38,8 +39,7 @@ static kvl_status split(demo_agent *agent, const char *text, kvl_error *error)
     for (;;) {
         const char *open = strchr(from, '{');
         const char *close = open == NULL ? NULL : strchr(open, '}');
-        if (open == NULL || close == NULL)
-            return add_piece(agent, from, strlen(from), NULL, error);
+        if (open == NULL || close == NULL) return add_piece(agent, from, strlen(from), NULL, error);
         KVL_TRY(add_piece(agent, from, (size_t)(open - from), NULL, error));
         KVL_TRY(add_piece(agent, NULL, (size_t)(close - open - 1), open + 1, error));
         from = close + 1;
@@ -52,17 +52,19 @@ static kvl_status wrap(demo_agent *agent, const char *text, kvl_error *error)
     const char *line = strstr(text, "\n---\n");
     if (line == NULL)
         return KVL_FAIL(error, KVL_ERR_MALFORMED,
-                        "the template of %s has no line '---' between system and user", agent->name);
+                        "the template of %s has no line '---' between system and user",
+                        agent->name);
     char *prompt = NULL;
     size_t n_bytes = 0;
     FILE *memory = open_memstream(&prompt, &n_bytes);
     if (memory == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a template");
     (void)fprintf(memory,
                   "<|im_start|>system\n%.*s<|im_end|>\n<|im_start|>user\n%s<|im_end|>\n"
-                  "<|im_start|>assistant\n", (int)(line - text), text, line + strlen("\n---\n"));
+                  "<|im_start|>assistant\n",
+                  (int)(line - text), text, line + strlen("\n---\n"));
     (void)fclose(memory);
     const kvl_status status = split(agent, prompt, error);
-    free(prompt);
+    free(prompt); /* tidy: free, open_memstream allocated it */
     return status;
 }
 
@@ -135,7 +137,8 @@ kvl_status demo_workflow_load(const char *directory, demo_workflow *workflow, kv
     json_error_t reason;
     json_t *root = json_load_file(path, JSON_REJECT_DUPLICATES, &reason);
     if (root == NULL)
-        return KVL_FAIL(error, KVL_ERR_MALFORMED, "%s, line %d: %s", path, reason.line, reason.text);
+        return KVL_FAIL(error, KVL_ERR_MALFORMED, "%s, line %d: %s", path, reason.line,
+                        reason.text);
     const kvl_status status = load_all(directory, root, workflow, error);
     json_decref(root);
     if (status != KVL_OK) demo_workflow_deinit(workflow);

@@ -58,6 +58,7 @@ int main(int argc, char **argv)
         argv[1] = name;
         return commands[i].run(argc - 1, argv + 1);
     }
-    (void)fprintf(stderr, "kvloom: there is no command '%s'; `kvloom --help` lists them\n", argv[1]);
+    (void)fprintf(stderr, "kvloom: there is no command '%s'; `kvloom --help` lists them\n",
+                  argv[1]);
     return KVL_EXIT_USAGE;
 }

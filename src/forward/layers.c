@@ -1,8 +1,8 @@
 /* forward/layers.c: embed, walk the layers, and give logits where they are asked for.
  *
- * A batch is cut into calls of at most KVL_FORWARD_ROWS_MAX rows, as even as can be: rows of a later
- * cut see the KV that an earlier one has written. In the last layer only rows whose logits are
- * wanted go on after their keys and values are written: nobody reads the others. */
+ * A batch is cut into calls of at most KVL_FORWARD_ROWS_MAX rows, as even as can be: rows of a
+ * later cut see the KV that an earlier one has written. In the last layer only rows whose logits
+ * are wanted go on after their keys and values are written: nobody reads the others. */
 #include "base/alloc.h"
 #include "forward/forward.h"
 
@@ -41,9 +41,14 @@ static kvl_status create_memory(kvl_forward *forward, kvl_error *error)
         float **memory;
         size_t width;
     } wanted[] = {
-        {&forward->stream, width},    {&forward->normed, width}, {&forward->queries, queries},
-        {&forward->keys, keys},       {&forward->values, keys},  {&forward->attended, queries},
-        {&forward->gate, shape->feed_forward}, {&forward->up, shape->feed_forward},
+        {&forward->stream, width},
+        {&forward->normed, width},
+        {&forward->queries, queries},
+        {&forward->keys, keys},
+        {&forward->values, keys},
+        {&forward->attended, queries},
+        {&forward->gate, shape->feed_forward},
+        {&forward->up, shape->feed_forward},
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
         const size_t n_bytes = wanted[i].width * KVL_FORWARD_ROWS_MAX * sizeof(float);

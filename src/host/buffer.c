@@ -31,8 +31,7 @@ void kv_buffer_deinit(kv_buffer *buffer)
     *buffer = (kv_buffer){0};
 }
 
-kvl_kv_view kv_buffer_view(const kv_buffer *buffer, const kvl_model_shape *shape,
-                           uint32_t n_tokens)
+kvl_kv_view kv_buffer_view(const kv_buffer *buffer, const kvl_model_shape *shape, uint32_t n_tokens)
 {
     return (kvl_kv_view){shape->n_layers, n_tokens,     shape->n_kv_heads,
                          shape->head_dim, buffer->keys, buffer->values};

@@ -40,8 +40,7 @@ kvl_status kvl_decode(kvl_session *session, kvl_engine *engine, const kvl_decode
     while (*n_tokens < options->max_tokens) {
         const uint32_t token =
             kvl_draw_token(logits, engine->shape->n_vocab, options->temperature, &random);
-        const bool stop =
-            options->drawn != NULL && options->drawn(options->context, token, logits);
+        const bool stop = options->drawn != NULL && options->drawn(options->context, token, logits);
         *ended = kvl_tokenizer_is_end(tokenizer, token);
         if (*ended) return KVL_OK;
         KVL_TRY(kvl_session_append(session, &token, 1, error));

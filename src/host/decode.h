@@ -10,7 +10,7 @@ typedef struct kvl_decode_options {
     uint32_t max_tokens;
     float temperature; /* 0: greedy, the lowest id among equals */
     uint64_t seed;     /* of the draws where temperature > 0 */
-    bool keep_last;    /* compute the KV of the last token too, so that the answer can be published */
+    bool keep_last; /* compute the KV of the last token too, so that the answer can be published */
     /* May be NULL. Called with every token drawn, also the one that ends the answer, and the logits
      * [n_vocab] that it was drawn from (borrowed for the call); true stops after this token. */
     bool (*drawn)(void *context, uint32_t token, const float *logits);

@@ -49,8 +49,8 @@ KVL_MUST_USE kvl_status kvl_session_begin(kvl_session *session, const uint32_t *
                                           uint32_t n_more, bool use_tree, uint64_t salt,
                                           uint32_t *n_shared, kvl_error *error);
 
-/* Computes the tokens at `positions` [n], ascending, in one batch: prefill of a prompt, of a part, of
- * scattered tokens. Every position below the last that is not listed must have its KV already.
+/* Computes the tokens at `positions` [n], ascending, in one batch: prefill of a prompt, of a part,
+ * of scattered tokens. Every position below the last that is not listed must have its KV already.
  * logits  [n_logits][n_vocab] of the last n_logits rows; may be 0. */
 KVL_MUST_USE kvl_status kvl_session_compute(kvl_session *session, const uint32_t *positions,
                                             uint32_t n, uint32_t n_logits, float *logits,

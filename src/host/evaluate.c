@@ -1,5 +1,6 @@
-/* host/evaluate.c: how far an answer's distributions are from those of full prefill. The reference's
- * own answer is forced behind the prompt's KV, so that both are asked the same questions. */
+/* host/evaluate.c: how far an answer's distributions are from those of full prefill. The
+ * reference's own answer is forced behind the prompt's KV, so that both are asked the same
+ * questions. */
 #include "base/alloc.h"
 #include "host/host_parts.h"
 
@@ -62,7 +63,7 @@ static double log_sum_exp(const float *logits, uint32_t n, uint32_t *best)
 typedef struct comparison {
     const float *full, *reused; /* [n_positions][n_vocab] */
     uint32_t n_vocab;
-    double *kl;                 /* [n_positions] */
+    double *kl; /* [n_positions] */
     bool *agrees;
 } comparison;
 
@@ -122,8 +123,8 @@ kvl_status run_evaluate(run *r, Kvloom__V1__Evaluation *evaluation, kvl_error *e
         status = KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to compare %u tokens", n);
     /* The last token of the prompt goes first: its logits are those of the first token. */
     if (status == KVL_OK)
-        status = kvl_session_compute_range(r->session, n_prompt - 1, n_prompt - 1 + n, n, reused,
-                                           error);
+        status =
+            kvl_session_compute_range(r->session, n_prompt - 1, n_prompt - 1 + n, n, reused, error);
     if (status == KVL_OK) summarise(r, reused, evaluation, kl, agrees);
     kvl_session_truncate(r->session, n_prompt);
     kvl_free(agrees);

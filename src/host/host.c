@@ -224,9 +224,9 @@ static void reply(kvl_host *host, uint64_t task, kvl_status status, const kvl_er
     kvl_free(body);
 }
 
-/* A second host keeps a copy of an anchor, so that its maker can have it back after losing its disk. */
-static kvl_status keep_container(kvl_host *host, const ProtobufCBinaryData *asked,
-                                 kvl_error *error)
+/* A second host keeps a copy of an anchor, so that its maker can have it back after losing its
+ * disk. */
+static kvl_status keep_container(kvl_host *host, const ProtobufCBinaryData *asked, kvl_error *error)
 {
     enum { KEEP_TIMEOUT_MS = 10000 };
     if (asked->len != KVL_DIGEST_BYTES)

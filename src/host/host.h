@@ -1,8 +1,8 @@
 /* host/host.h: one agent host: an engine, a store, anchors and an exchange, run by tasks.
  *
- * Tasks come from clients over the exchange (proto/host.proto) and are done one after another by the
- * engine thread; a full queue is answered with KVL_ERR_BUSY.
- * Threads  kvl_host_run takes the calling thread as the engine thread. */
+ * Tasks come from clients over the exchange (proto/host.proto) and are done one after another by
+ * the engine thread; a full queue is answered with KVL_ERR_BUSY. Threads  kvl_host_run takes the
+ * calling thread as the engine thread. */
 #ifndef KVL_HOST_HOST_H
 #define KVL_HOST_HOST_H
 
@@ -17,12 +17,12 @@ typedef struct kvl_host_options {
     const char *endpoint;
     const kvl_exchange_peer *peers;
     size_t n_peers;
-    const char *store_path;      /* directory of the LMDB store */
-    uint64_t store_bytes_max;    /* of the LMDB tier */
-    uint64_t memory_bytes_max;   /* of the memory tier */
+    const char *store_path;    /* directory of the LMDB store */
+    uint64_t store_bytes_max;  /* of the LMDB tier */
+    uint64_t memory_bytes_max; /* of the memory tier */
     kvl_engine_options engine;
     kvl_anchor_options anchors;
-    kvl_kv_dtype segment_dtype;  /* of segments that this host publishes */
+    kvl_kv_dtype segment_dtype; /* of segments that this host publishes */
     uint8_t tenant_key[KVL_TENANT_KEY_BYTES];
 } kvl_host_options;
 

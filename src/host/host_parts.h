@@ -20,10 +20,10 @@ typedef struct kv_buffer {
 
 /* Distributions of the last full run: what reuse is compared with. */
 typedef struct reference {
-    kvl_digest prompt;  /* digest of the prompt's ids */
-    uint32_t *tokens;   /* [n_tokens] the answer */
+    kvl_digest prompt; /* digest of the prompt's ids */
+    uint32_t *tokens;  /* [n_tokens] the answer */
     uint32_t n_tokens;
-    float *logits;      /* [n_positions][n_vocab]: before each token, and after the last one */
+    float *logits; /* [n_positions][n_vocab]: before each token, and after the last one */
     uint32_t n_positions, n_positions_max;
 } reference;
 
@@ -39,14 +39,14 @@ struct kvl_host {
     uint8_t tenant_key[KVL_TENANT_KEY_BYTES];
     char name[KVL_SLOT_NAME_MAX];
     kvl_digest fingerprint;
-    uint32_t *home_ids;    /* the canonical header that slots' texts are computed behind */
+    uint32_t *home_ids; /* the canonical header that slots' texts are computed behind */
     uint32_t n_home_ids;
-    kvl_digest home;       /* its id */
+    kvl_digest home;                /* its id */
     kv_buffer bases[KVL_PARTS_MAX]; /* of each slot of the run */
     kv_buffer corrected;
-    float *logits;         /* [n_vocab] */
+    float *logits; /* [n_vocab] */
     reference reference;
-    kvl_plan_rates rates;  /* measured on this host, refreshed by every run */
+    kvl_plan_rates rates; /* measured on this host, refreshed by every run */
     bool stopping;
 };
 
@@ -55,16 +55,16 @@ typedef struct run_part {
     const Kvloom__V1__PromptPart *asked;
     uint32_t first, n_tokens;
     bool is_slot;
-    bool is_canonical;          /* its home is the canonical header */
-    uint32_t slot;              /* number of the slot in the template */
+    bool is_canonical; /* its home is the canonical header */
+    uint32_t slot;     /* number of the slot in the template */
     kvl_digest home, id;
-    kvl_container *container;   /* its KV at home, once it is had; a reference */
-    bool computed_at_home;      /* by this host, in this run */
-    bool is_missing;            /* asked for and not to be had */
+    kvl_container *container; /* its KV at home, once it is had; a reference */
+    bool computed_at_home;    /* by this host, in this run */
+    bool is_missing;          /* asked for and not to be had */
     char from[KVL_SLOT_NAME_MAX];
     uint64_t fetched_bytes;
     kvl_anchor_match match;
-    kvl_plan_step step;         /* what the planner chose */
+    kvl_plan_step step; /* what the planner chose */
 } run_part;
 
 typedef struct run {
@@ -79,7 +79,7 @@ typedef struct run {
     kvl_session *session;
     uint32_t n_shared;
     uint32_t *positions; /* [n_ids] scratch: what is computed */
-    bool is_exact; /* only shared and computed: the answer must be that of a full prefill */
+    bool is_exact;       /* only shared and computed: the answer must be that of a full prefill */
     /* Outcome. */
     uint32_t n_answer;
     bool ended;
@@ -124,8 +124,8 @@ KVL_MUST_USE kvl_status run_measure_anchors(run *r, kvl_error *error);
 kvl_plan_rates host_first_rates(void);
 /* Chooses what to do with each part: matches anchors where KV at home was resolved. */
 KVL_MUST_USE kvl_status run_plan(run *r, kvl_error *error);
-/* Places what is reused, corrected by anchors where `with_anchors`, and computes the rest; logits of
- * the prompt's last token end in host->logits. */
+/* Places what is reused, corrected by anchors where `with_anchors`, and computes the rest; logits
+ * of the prompt's last token end in host->logits. */
 KVL_MUST_USE kvl_status run_fill(run *r, bool with_anchors, kvl_error *error);
 
 /* host/evaluate.c */

@@ -39,8 +39,9 @@ static kvl_status find_home(run *r, run_part *part, kvl_error *error)
     part->home = r->host->home;
     if (!part->is_canonical) {
         if (asked->home.len != KVL_DIGEST_BYTES)
-            return KVL_FAIL(error, KVL_ERR_INVALID, "the home of part %u has %zu bytes, must have %u",
-                            r->n_parts, asked->home.len, KVL_DIGEST_BYTES);
+            return KVL_FAIL(error, KVL_ERR_INVALID,
+                            "the home of part %u has %zu bytes, must have %u", r->n_parts,
+                            asked->home.len, KVL_DIGEST_BYTES);
         memcpy(part->home.bytes, asked->home.data, KVL_DIGEST_BYTES);
     }
     part->id = kvl_segment_id(r->host->tenant_key, &r->host->fingerprint, &part->home,
@@ -68,7 +69,8 @@ static kvl_status add_part(run *r, const Kvloom__V1__PromptPart *asked, uint32_t
     return KVL_OK;
 }
 
-/* The template is what stays the same from run to run: its name, its text, the order of its slots. */
+/* The template is what stays the same from run to run: its name, its text, the order of its slots.
+ */
 static kvl_digest identify_template(const run *r)
 {
     kvl_digester digester;
@@ -94,9 +96,11 @@ kvl_status run_init(run *r, kvl_host *host, const Kvloom__V1__RunTask *task, kvl
         return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "a prompt has 1 to %u parts, this one %zu",
                         KVL_PARTS_MAX, task->n_parts);
     if (strlen(task->workflow) > 64 || strlen(task->template_name) > 64)
-        return KVL_FAIL(error, KVL_ERR_TOO_LARGE, "workflow and template_name have at most 64 bytes");
+        return KVL_FAIL(error, KVL_ERR_TOO_LARGE,
+                        "workflow and template_name have at most 64 bytes");
     uint32_t n_slots = 0;
-    for (size_t p = 0; p < task->n_parts; p++) KVL_TRY(add_part(r, task->parts[p], &n_slots, error));
+    for (size_t p = 0; p < task->n_parts; p++)
+        KVL_TRY(add_part(r, task->parts[p], &n_slots, error));
     if (r->n_ids == 0) return KVL_FAIL(error, KVL_ERR_INVALID, "the prompt has no tokens");
     r->template_id = identify_template(r);
     r->positions = kvl_alloc_zero(r->n_ids, sizeof *r->positions);

@@ -62,8 +62,7 @@ kvl_status host_publish(kvl_host *host, kvl_session *session, uint32_t first, ui
     KVL_TRY(kv_buffer_reserve(&host->corrected, shape, n, error));
     kvl_session_extract(session, first, n, host->corrected.keys, host->corrected.values);
     KVL_TRY(kvl_container_create(&info, container, error));
-    encoding work = {*container, &host->corrected,
-                     (size_t)n * shape->n_kv_heads * shape->head_dim};
+    encoding work = {*container, &host->corrected, (size_t)n * shape->n_kv_heads * shape->head_dim};
     kvl_pool_run(engine->threads, encode_layer, &work, shape->n_layers);
     kvl_container_seal(*container);
     keep(host, *container);
@@ -81,7 +80,8 @@ static kvl_status measure_slot(run *r, const run_part *part, kvl_error *error)
                         host->corrected.values);
     const kvl_kv_view base_view = kv_buffer_view(base, shape, part->n_tokens);
     const kvl_kv_view real_view = kv_buffer_view(&host->corrected, shape, part->n_tokens);
-    const kvl_kv_view nothing = {shape->n_layers, 0, shape->n_kv_heads, shape->head_dim, NULL, NULL};
+    const kvl_kv_view nothing = {shape->n_layers, 0,    shape->n_kv_heads,
+                                 shape->head_dim, NULL, NULL};
     const kvl_anchor_slot slot = {r->template_id, part->slot};
     kvl_container *anchor = NULL;
     KVL_TRY(kvl_anchor_pool_measure(host->anchors, &slot, &host->fingerprint, &part->id, &base_view,

@@ -26,9 +26,9 @@ static void fetch(run *r, run_part *part)
     kvl_host *host = r->host;
     kvl_error error;
     const int64_t deadline = kvl_clock_now(host->clock) + FETCH_TIMEOUT_MS * KVL_NS_PER_MS;
-    const kvl_status status = kvl_exchange_fetch(host->exchange, &part->id, deadline,
-                                                 &part->container, part->from, sizeof part->from,
-                                                 &error);
+    const kvl_status status =
+        kvl_exchange_fetch(host->exchange, &part->id, deadline, &part->container, part->from,
+                           sizeof part->from, &error);
     if (status != KVL_OK) {
         kvl_log(KVL_LOG_INFO, "fetch_failed", "slot=%s status=%s", part->asked->slot,
                 kvl_status_name(status));
@@ -53,8 +53,7 @@ static kvl_status compute_at_home(run *r, run_part *part, kvl_error *error)
     kvl_status status = kvl_session_create(host->engine, &session, error);
     if (status == KVL_OK)
         status = kvl_session_begin(session, ids, n, 0, true, r->salt, &n_shared, error);
-    if (status == KVL_OK)
-        status = kvl_session_compute_range(session, n_shared, n, 0, NULL, error);
+    if (status == KVL_OK) status = kvl_session_compute_range(session, n_shared, n, 0, NULL, error);
     if (status == KVL_OK)
         status = kvl_session_keep_prefix(session, r->salt, host->n_home_ids, error);
     if (status == KVL_OK)

@@ -1,4 +1,5 @@
-/* host/reuse.c: what a prompt's KV is made of: planned, placed, corrected, and the rest computed. */
+/* host/reuse.c: what a prompt's KV is made of: planned, placed, corrected, and the rest computed.
+ */
 #include "host/host_parts.h"
 
 #include <math.h>
@@ -149,7 +150,8 @@ static void learn_prefill(kvl_plan_rates *rates, uint32_t n, double ms)
 kvl_status run_fill(run *r, bool with_anchors, kvl_error *error)
 {
     for (uint32_t p = 0; p < r->n_parts; p++) {
-        if (r->parts[p].step.n_reused > 0) KVL_TRY(reuse_part(r, &r->parts[p], with_anchors, error));
+        if (r->parts[p].step.n_reused > 0)
+            KVL_TRY(reuse_part(r, &r->parts[p], with_anchors, error));
     }
     const int64_t start = kvl_clock_now(r->host->clock);
     const uint32_t n = list_computed(r);

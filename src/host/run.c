@@ -2,8 +2,8 @@
  *
  * MODE_FULL prefills everything and keeps the answer's distributions as the reference. MODE_REUSE
  * resolves, plans, fills, decodes and publishes; then, outside the time to first token, compares
- * with the reference and measures anchors where none covered a slot. MODE_PLAN stops before the work
- * begins. */
+ * with the reference and measures anchors where none covered a slot. MODE_PLAN stops before the
+ * work begins. */
 #include "base/alloc.h"
 #include "base/log.h"
 #include "host/decode.h"
@@ -49,7 +49,8 @@ static kvl_status decode(run *r, bool is_full, kvl_error *error)
                        error));
     r->end_ns = kvl_clock_now(host->clock);
     const kvl_digest nothing = {{0}};
-    r->answer_home = kvl_segment_id(host->tenant_key, &host->fingerprint, &nothing, r->ids, r->n_ids);
+    r->answer_home =
+        kvl_segment_id(host->tenant_key, &host->fingerprint, &nothing, r->ids, r->n_ids);
     return KVL_OK;
 }
 
@@ -157,11 +158,12 @@ static void fill_part(const run *r, const run_part *part, Kvloom__V1__PartReport
     report->compute_ms = part->step.compute_ms;
     report->n_anchors = part->match.n_anchors;
     report->distance = part->match.distance;
-    report->reason = (char *)(uintptr_t)(part->is_missing ? "its segment was not to be had: computed"
-                                         : part->computed_at_home
-                                             ? "nobody had read it: computed at home, then placed"
-                                         : part->step.reason == NULL ? ""
-                                                                     : part->step.reason);
+    report->reason =
+        (char *)(uintptr_t)(part->is_missing ? "its segment was not to be had: computed"
+                            : part->computed_at_home
+                                ? "nobody had read it: computed at home, then placed"
+                            : part->step.reason == NULL ? ""
+                                                        : part->step.reason);
 }
 
 static kvl_status copy_token_bytes(const run *r, const run_part *part,
@@ -284,8 +286,8 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
     KVL_TRY(run_plan(r, error));
     KVL_TRY(run_fill(r, true, error));
     KVL_TRY(decode(r, false, error));
-    /* From here on nothing is in the time to first token, nor in the answer's. What was spent on the
-     * way to it is kept, and the answer copied before the comparison overwrites it. */
+    /* From here on nothing is in the time to first token, nor in the answer's. What was spent on
+     * the way to it is kept, and the answer copied before the comparison overwrites it. */
     const int64_t spent[] = {r->fetch_ns, r->correct_ns, r->place_ns, r->compute_ns};
     KVL_TRY(keep_exact_prefix(r, error));
     KVL_TRY(publish_answer(r, error));
@@ -307,7 +309,8 @@ static kvl_status run_explain(run *r, kvl_error *error)
 {
     KVL_TRY(kvl_session_begin(r->session, r->ids, (uint32_t)r->n_ids, 0, true, r->salt,
                               &r->n_shared, error));
-    if (r->task->quality != KVLOOM__V1__QUALITY__QUALITY_EXACT) KVL_TRY(run_resolve(r, false, error));
+    if (r->task->quality != KVLOOM__V1__QUALITY__QUALITY_EXACT)
+        KVL_TRY(run_resolve(r, false, error));
     KVL_TRY(run_plan(r, error));
     r->first_token_ns = r->start_ns;
     r->end_ns = kvl_clock_now(r->host->clock);

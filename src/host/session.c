@@ -8,7 +8,7 @@
 
 struct kvl_session {
     kvl_engine *engine;
-    uint32_t *ids;   /* [n_positions] */
+    uint32_t *ids; /* [n_positions] */
     uint32_t n_ids;
     uint32_t *pages; /* [pages of n_positions] */
     uint32_t n_pages;
@@ -112,8 +112,10 @@ kvl_status kvl_session_append(kvl_session *session, const uint32_t *ids, uint32_
                               kvl_error *error)
 {
     if (n > session->engine->n_positions - session->n_ids)
-        return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "%u tokens more than %u do not fit the context "
-                        "of %u", n, session->n_ids, session->engine->n_positions);
+        return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE,
+                        "%u tokens more than %u do not fit the context "
+                        "of %u",
+                        n, session->n_ids, session->engine->n_positions);
     KVL_TRY(reserve(session, session->n_ids + n, error));
     memcpy(session->ids + session->n_ids, ids, n * sizeof *ids);
     session->n_ids += n;
@@ -175,8 +177,8 @@ kvl_status kvl_session_keep_prefix(kvl_session *session, uint64_t salt, uint32_t
                                    kvl_error *error)
 {
     KVL_ASSERT(n_tokens <= session->n_ids);
-    const kvl_status status = kvl_prefix_tree_insert(session->engine->tree, salt, session->ids,
-                                                     n_tokens, session->pages);
+    const kvl_status status =
+        kvl_prefix_tree_insert(session->engine->tree, salt, session->ids, n_tokens, session->pages);
     if (status != KVL_OK) return KVL_FAIL(error, status, "no memory for the prefix tree");
     return KVL_OK;
 }

@@ -17,15 +17,15 @@ typedef struct kvl_model_shape {
     uint32_t n_heads;
     uint32_t n_kv_heads;
     uint32_t head_dim;
-    uint32_t width;          /* of the residual stream */
-    uint32_t feed_forward;   /* width of the gated part */
+    uint32_t width;        /* of the residual stream */
+    uint32_t feed_forward; /* width of the gated part */
     uint32_t n_vocab;
-    uint32_t n_context;      /* positions that the model was made for */
+    uint32_t n_context; /* positions that the model was made for */
     float norm_epsilon;
     uint32_t rotary_dim;
     kvl_rotation_pairs pairs;
-    char architecture[32];   /* "llama", "qwen2" */
-    char name[64];           /* general.name, or "" */
+    char architecture[32]; /* "llama", "qwen2" */
+    char name[64];         /* general.name, or "" */
 } kvl_model_shape;
 
 /* y = x W^T + bias; a bias is NULL where the architecture has none. */

@@ -1,4 +1,5 @@
-/* test_random.h: chance in tests, replayable: KVL_TEST_SEED=n repeats a run; the seed is printed. */
+/* test_random.h: chance in tests, replayable: KVL_TEST_SEED=n repeats a run; the seed is printed.
+ */
 #ifndef KVL_TEST_RANDOM_H
 #define KVL_TEST_RANDOM_H
 

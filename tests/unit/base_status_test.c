@@ -12,10 +12,10 @@
 static void test_every_status_is_described(void **state)
 {
     (void)state;
-#define KVL_CHECK(number, name, class_name, sentence)                                             \
-    assert_int_equal(KVL_##name, (number));                                                       \
-    assert_string_equal(kvl_status_name(KVL_##name), #name);                                      \
-    assert_string_equal(kvl_status_sentence(KVL_##name), (sentence));                             \
+#define KVL_CHECK(number, name, class_name, sentence)                                              \
+    assert_int_equal(KVL_##name, (number));                                                        \
+    assert_string_equal(kvl_status_name(KVL_##name), #name);                                       \
+    assert_string_equal(kvl_status_sentence(KVL_##name), (sentence));                              \
     assert_int_equal(kvl_status_class_of(KVL_##name), KVL_CLASS_##class_name);
     KVL_STATUS_LIST(KVL_CHECK)
 #undef KVL_CHECK

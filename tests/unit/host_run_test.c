@@ -232,7 +232,8 @@ static uint32_t count(const Kvloom__V1__HostReply *reply, const char *slot, char
 }
 
 /* One round of the pipeline: host one answers, host two reads its answer. */
-static Kvloom__V1__HostReply *round_of(fixture *f, const char *question, Kvloom__V1__Quality quality)
+static Kvloom__V1__HostReply *round_of(fixture *f, const char *question,
+                                       Kvloom__V1__Quality quality)
 {
     Kvloom__V1__HostReply *first = run_both(f, 0, question, NULL, quality);
     Kvloom__V1__HostReply *second = run_both(f, 1, question, first->run, quality);
@@ -250,8 +251,7 @@ static void test_anchors_are_measured_then_used(void **state)
         assert_int_equal(reply->run->n_anchors, 2);
         kvloom__v1__host_reply__free_unpacked(reply, NULL);
     }
-    Kvloom__V1__HostReply *reply =
-        round_of(f, questions[2], KVLOOM__V1__QUALITY__QUALITY_BALANCED);
+    Kvloom__V1__HostReply *reply = round_of(f, questions[2], KVLOOM__V1__QUALITY__QUALITY_BALANCED);
     assert_false(reply->run->exact);
     assert_int_equal(count(reply, "question", 'o'), reply->run->parts[1]->n_tokens);
     assert_int_equal(count(reply, "answer", 'o'), ANSWER);
@@ -265,8 +265,9 @@ static void test_anchors_are_measured_then_used(void **state)
     wait_until(f, 1, false);
     start_host(f, 1);
     wait_until(f, 1, true);
-    reply = round_of(f, "A text that nobody has seen, of a length that is not far from all the others",
-                     KVLOOM__V1__QUALITY__QUALITY_BALANCED);
+    reply =
+        round_of(f, "A text that nobody has seen, of a length that is not far from all the others",
+                 KVLOOM__V1__QUALITY__QUALITY_BALANCED);
     assert_false(reply->run->exact);
     kvloom__v1__host_reply__free_unpacked(reply, NULL);
 }

@@ -61,8 +61,8 @@ static int setup_qwen2(void **state)
 static int teardown(void **state)
 {
     fixture *f = *state;
-    assert_int_equal(kvl_page_pool_n_free(f->engine->pool) + kvl_prefix_tree_n_pages(f->engine->tree),
-                     N_PAGES);
+    assert_int_equal(
+        kvl_page_pool_n_free(f->engine->pool) + kvl_prefix_tree_n_pages(f->engine->tree), N_PAGES);
     kvl_engine_destroy(f->engine);
     (void)unlink(f->path);
     return 0;
@@ -163,8 +163,9 @@ static void test_shared_prefix_gives_what_full_prefill_gives(void **state)
     assert_true(n_shared_ever > 0);
 }
 
-/* KV taken out and placed where it was is the KV that was there: what follows cannot tell. Scattered
- * tokens around it are computed in one batch, each seeing exactly what comes before it. */
+/* KV taken out and placed where it was is the KV that was there: what follows cannot tell.
+ * Scattered tokens around it are computed in one batch, each seeing exactly what comes before it.
+ */
 static void test_placed_kv_gives_what_computed_kv_gives(void **state)
 {
     fixture *f = *state;
@@ -176,8 +177,8 @@ static void test_placed_kv_gives_what_computed_kv_gives(void **state)
         const uint32_t n = random_prompt(&random, ids);
         const uint32_t first = kvl_test_below(&random, n - 1);
         const uint32_t n_placed = 1 + kvl_test_below(&random, n - 1 - first);
-        const size_t n_floats = (size_t)shape->n_layers * n_placed * shape->n_kv_heads *
-                                shape->head_dim;
+        const size_t n_floats =
+            (size_t)shape->n_layers * n_placed * shape->n_kv_heads * shape->head_dim;
         float *keys = kvl_alloc(n_floats * sizeof *keys);
         float *values = kvl_alloc(n_floats * sizeof *values);
         uint32_t n_shared = 0;
@@ -187,8 +188,8 @@ static void test_placed_kv_gives_what_computed_kv_gives(void **state)
         kvl_session_destroy(source);
 
         kvl_session *session = begin(f, ids, n, false, &n_shared);
-        const kvl_kv_view kv = {shape->n_layers, n_placed, shape->n_kv_heads, shape->head_dim, keys,
-                                values};
+        const kvl_kv_view kv = {shape->n_layers, n_placed, shape->n_kv_heads,
+                                shape->head_dim, keys,     values};
         const kvl_placement placement = {&kv, 0, first, n_placed};
         kvl_session_place(session, &placement);
         uint32_t n_computed = 0;
@@ -243,8 +244,10 @@ static void test_greedy_draw_takes_the_lowest_of_equals(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_pieces_give_what_one_batch_gives, setup_llama, teardown),
-        cmocka_unit_test_setup_teardown(test_pieces_give_what_one_batch_gives, setup_qwen2, teardown),
+        cmocka_unit_test_setup_teardown(test_pieces_give_what_one_batch_gives, setup_llama,
+                                        teardown),
+        cmocka_unit_test_setup_teardown(test_pieces_give_what_one_batch_gives, setup_qwen2,
+                                        teardown),
         cmocka_unit_test_setup_teardown(test_shared_prefix_gives_what_full_prefill_gives,
                                         setup_llama, teardown),
         cmocka_unit_test_setup_teardown(test_placed_kv_gives_what_computed_kv_gives, setup_llama,

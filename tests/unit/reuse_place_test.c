@@ -62,17 +62,16 @@ static void plain_read(kvl_backend *backend, const kvl_pages *pages, uint32_t la
 }
 
 static void plain_rotate(kvl_backend *backend, const kvl_rotation *rotation, uint32_t n_rows,
-                         const uint32_t *positions, uint32_t n_heads, uint32_t head_dim, float *rows)
+                         const uint32_t *positions, uint32_t n_heads, uint32_t head_dim,
+                         float *rows)
 {
     (void)backend;
     kvl_rotate_rows(rotation, n_rows, positions, n_heads, head_dim, (size_t)n_heads * head_dim,
                     false, rows);
 }
 
-static const kvl_backend_ops plain_ops = {.name = "plain",
-                                          .rotate = plain_rotate,
-                                          .pages_write = plain_write,
-                                          .pages_read = plain_read};
+static const kvl_backend_ops plain_ops = {
+    .name = "plain", .rotate = plain_rotate, .pages_write = plain_write, .pages_read = plain_read};
 
 /* Pages of a random model, and a run of tokens in shuffled slots. */
 typedef struct scene {

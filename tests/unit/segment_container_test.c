@@ -1,7 +1,7 @@
 /* segment/container: what is written is read back; what was damaged is never accepted; memory and
  * references balance.
  * Given a file name and a dtype (1 .. 4), writes a container whose numbers follow from a formula,
- * for tests/integration/segment_python_reader.py; with "bench", prints how long buffers take. */
+ * for tests/integration/segment_python_reader.py. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -11,7 +11,6 @@
 #include <cmocka.h>
 
 #include "base/alloc.h"
-#include "base/clock.h"
 #include "base/file.h"
 #include "segment/codec.h"
 #include "segment/container.h"
@@ -741,52 +740,8 @@ static int write_example(const char *path, kvl_kv_dtype dtype)
     return status == KVL_OK ? 0 : 1;
 }
 
-static int compare_times(const void *a, const void *b)
-{
-    const int64_t left = *(const int64_t *)a, right = *(const int64_t *)b;
-    return (left > right) - (left < right);
-}
-
-/* Median time to copy a container, with memory from the system and with kept memory. */
-static int bench_copies(uint32_t n_mib)
-{
-    enum { LAYERS = 32, ROUNDS = 41 };
-    const kvl_container_info info = {
-        .kind = KVL_CONTAINER_ANCHOR,
-        .dtype = KVL_KV_INT8,
-        .n_layers = LAYERS,
-        .n_kv_heads = 1,
-        .head_dim = 1,
-        .block_bytes = ((uint64_t)n_mib << 20) / LAYERS,
-    };
-    kvl_container *made = NULL;
-    if (kvl_container_create(&info, &made, NULL) != KVL_OK) return 1;
-    kvl_container_seal(made);
-    size_t n_bytes = 0;
-    const void *bytes = kvl_container_bytes(made, &n_bytes);
-    for (int variant = 0; variant < 4; variant++) {
-        const bool is_kept = variant % 2 == 1, is_checked = variant >= 2;
-        int64_t times[ROUNDS];
-        for (int round = 0; round < ROUNDS; round++) {
-            if (!is_kept) kvl_container_spare_clear();
-            kvl_container *copy = NULL;
-            const int64_t start = kvl_clock_now(kvl_clock_system());
-            if (kvl_container_copy(bytes, n_bytes, is_checked, &copy, NULL) != KVL_OK) return 1;
-            times[round] = kvl_clock_now(kvl_clock_system()) - start;
-            kvl_container_release(copy);
-        }
-        qsort(times, ROUNDS, sizeof *times, compare_times);
-        (void)printf("copy of %u MiB, %s memory, %s: %.2f ms\n", n_mib, is_kept ? "kept" : "new",
-                     is_checked ? "checked" : "not checked", kvl_ns_to_ms(times[ROUNDS / 2]));
-    }
-    kvl_container_release(made);
-    kvl_container_spare_clear();
-    return 0;
-}
-
 int main(int argc, char **argv)
 {
-    if (argc == 2 && strcmp(argv[1], "bench") == 0) return bench_copies(16) + bench_copies(48);
     if (argc == 3) return write_example(argv[1], (kvl_kv_dtype)strtoul(argv[2], NULL, 10));
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_new_blocks_are_zero_and_aligned),
