@@ -230,7 +230,8 @@ static kvl_status check_nodes(const checker *c, uint64_t number, const uint8_t *
     memset(marks, 0, c->page_bytes / 16);
     const size_t lower = get_u16(page + AT_LOWER);
     const size_t upper = get_u16(page + AT_UPPER);
-    if (lower < PAGE_HEADER || lower % 2 != 0 || upper < lower || upper > c->page_bytes)
+    if (lower < PAGE_HEADER || lower % 2 != 0 || upper % 2 != 0 || upper < lower ||
+        upper > c->page_bytes)
         return bad(c, number, "its bounds are wrong");
     *n_keys = (lower - PAGE_HEADER) / 2;
     for (size_t i = 0; i < *n_keys; i++) {

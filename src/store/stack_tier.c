@@ -36,23 +36,35 @@ static void put_into_faster(stack_tier *self, size_t n_faster, kvl_container *co
     }
 }
 
-/* The slowest goes first: what it refuses (a container of another model) must not be in the others
- * either. A full disk is no reason not to keep a container in memory. */
-static kvl_status stack_put(kvl_tier *tier, kvl_container *container, kvl_error *error)
-{
-    stack_tier *self = (stack_tier *)tier;
-    const kvl_status status = slowest(self)->ops->put(slowest(self), container, error);
-    if (status == KVL_OK || kvl_status_class_of(status) == KVL_CLASS_FATAL)
-        put_into_faster(self, self->n_tiers - 1, container);
-    return status;
-}
-
 /* Slower tiers hear of a use too, or what is hot in memory would look cold on disk. */
 static void touch_slower(stack_tier *self, size_t first, const kvl_digest *id)
 {
     for (size_t i = first; i < self->n_tiers; i++) {
         if (self->tiers[i]->ops->touch != NULL) self->tiers[i]->ops->touch(self->tiers[i], id);
     }
+}
+
+/* What a slower tier gave or took may have been removed from all tiers before it was put into the
+ * faster ones: then they must not keep it alone. A remove that comes later takes it out of them
+ * itself, since it goes from slow to fast. */
+static void put_into_faster_of(stack_tier *self, size_t source, kvl_container *container)
+{
+    const kvl_digest *id = &kvl_container_info_of(container)->id;
+    put_into_faster(self, source, container);
+    if (self->tiers[source]->ops->has(self->tiers[source], id)) return;
+    for (size_t i = source; i-- > 0;) (void)!self->tiers[i]->ops->remove(self->tiers[i], id, NULL);
+}
+
+/* The slowest goes first: what it refuses (a container of another model) must not be in the others
+ * either. A full disk is no reason not to keep a container in memory. */
+static kvl_status stack_put(kvl_tier *tier, kvl_container *container, kvl_error *error)
+{
+    stack_tier *self = (stack_tier *)tier;
+    const kvl_status status = slowest(self)->ops->put(slowest(self), container, error);
+    if (status == KVL_OK) put_into_faster_of(self, self->n_tiers - 1, container);
+    if (kvl_status_class_of(status) == KVL_CLASS_FATAL)
+        put_into_faster(self, self->n_tiers - 1, container);
+    return status;
 }
 
 static void stack_touch(kvl_tier *tier, const kvl_digest *id)
@@ -71,7 +83,7 @@ static kvl_status stack_get(kvl_tier *tier, const kvl_digest *id, bool check_blo
         const kvl_status status =
             self->tiers[i]->ops->get(self->tiers[i], id, check_blocks, container, &reason);
         if (status == KVL_OK) {
-            put_into_faster(self, i, *container);
+            if (i > 0) put_into_faster_of(self, i, *container);
             touch_slower(self, i + 1, id);
             atomic_fetch_add(&self->hits, 1);
             return KVL_OK;
