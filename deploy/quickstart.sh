@@ -24,7 +24,7 @@ fi
 # for the tests: with it, the Python reader of .kvseg compares checksums too.
 packages="build-essential cmake pkg-config protobuf-c-compiler libprotobuf-c-dev libzmq3-dev
 liblmdb-dev libopenblas-dev libsodium-dev libxxhash-dev libpcre2-dev libjansson-dev libcmocka-dev
-python3 python3-pip ca-certificates"
+help2man python3 python3-pip ca-certificates"
 test_packages="python3-xxhash"
 
 say() {
@@ -96,7 +96,7 @@ build_release() {
     install_packages
     say "build: build/release, $jobs at a time"
     configure release -DCMAKE_BUILD_TYPE=Release
-    cmake --build build/release --parallel "$jobs" --target kvloom </dev/null
+    cmake --build build/release --parallel "$jobs" --target kvloom man </dev/null
     say "built: build/release/kvloom"
 }
 

@@ -99,15 +99,18 @@ static inline const Kvloom__V1__RunReply *demo_full_of(const demo_cell *cell)
 
 /* Figures of one agent over the steady rounds. */
 typedef struct demo_figures {
-    uint32_t n; /* rounds that count */
+    uint32_t n;          /* rounds that count */
+    uint32_t n_compared; /* of them, where the answer was compared with full prefill's */
     double prompt_tokens, shared, placed, offset, blended, computed, fetched_bytes; /* means */
-    double ttft_full_ms, ttft_reuse_ms, speedup, top1, kl, place_only_top1, place_only_kl;
+    double ttft_full_ms, ttft_reuse_ms, speedup;
+    double top1, kl, place_only_top1, place_only_kl; /* means of n_compared; 0 where that is 0 */
 } demo_figures;
 
 typedef struct demo_summary {
     demo_figures agents[DEMO_AGENTS_MAX];
     double reuse_rate, speedup_mean, speedup_last, top1, kl, place_only_top1, place_only_kl;
     uint32_t wrong_exact_tokens;
+    uint32_t n_compared; /* agents that were compared; without any, the measures of quality are 0 */
 } demo_summary;
 
 /* cli/demo_output.c */

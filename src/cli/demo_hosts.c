@@ -1,7 +1,7 @@
 /* cli/demo_hosts.c: one process a host, each with its own store, all connected to all. */
+#include "base/alloc.h"
 #include "base/file.h"
 #include "base/random.h"
-#include "base/alloc.h"
 #include "cli/demo.h"
 
 #include <errno.h>
@@ -13,7 +13,16 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { ARGUMENTS_MAX = 64, TEXT_MAX = PATH_MAX + 64, START_TIMEOUT_S = 60, STOP_TIMEOUT_S = 5 };
+enum {
+    ARGUMENTS_MAX = 64,
+    TEXT_MAX = PATH_MAX + 64,
+    START_TIMEOUT_S = 60,
+    STOP_TIMEOUT_S = 5,
+    /* The longest prompt has 1,700 tokens. A host holds pages of three contexts: of the whole 8,192
+     * tokens that the model was made for, five hosts would touch 6 GB before the first of them
+     * answers. */
+    CONTEXT_DEFAULT = 3072,
+};
 
 extern char **environ;
 
@@ -56,7 +65,8 @@ static void build_line(const demo *d, size_t host, command_line *line)
     add(line, "--key-file", text);
     add(line, "--model", d->model);
     add_number(line, "--threads", d->options->engine.n_threads);
-    add_number(line, "--context", d->options->engine.n_positions);
+    const uint32_t context = d->options->engine.n_positions;
+    add_number(line, "--context", context == 0 ? CONTEXT_DEFAULT : context);
     if (d->options->engine.variant != KVL_CPU_BEST)
         add(line, "--cpu", kvl_cpu_variant_name(d->options->engine.variant));
     if (d->options->paper_anchors) add(line, "--paper-anchors", NULL);

@@ -39,6 +39,7 @@ static void add_cell(demo_figures *f, const demo_cell *cell)
     const Kvloom__V1__Evaluation *place =
         cell->reuse->place_only != NULL ? cell->reuse->place_only : reuse;
     if (reuse == NULL) return;
+    f->n_compared++;
     f->top1 += reuse->top1_agreement;
     f->kl += reuse->kl;
     f->place_only_top1 += place->top1_agreement;
@@ -48,12 +49,31 @@ static void add_cell(demo_figures *f, const demo_cell *cell)
 static void divide(demo_figures *f)
 {
     if (f->n == 0) return;
-    double *const means[] = {
-        &f->prompt_tokens,   &f->shared,       &f->placed,        &f->offset, &f->computed,
-        &f->fetched_bytes,   &f->ttft_full_ms, &f->ttft_reuse_ms, &f->top1,   &f->kl,
-        &f->place_only_top1, &f->place_only_kl};
+    double *const means[] = {&f->prompt_tokens, &f->shared,       &f->placed,
+                             &f->offset,        &f->computed,     &f->fetched_bytes,
+                             &f->ttft_full_ms,  &f->ttft_reuse_ms};
     for (size_t i = 0; i < sizeof means / sizeof *means; i++) *means[i] /= f->n;
     if (f->ttft_reuse_ms > 0.0) f->speedup = f->ttft_full_ms / f->ttft_reuse_ms;
+    if (f->n_compared == 0) return;
+    double *const compared[] = {&f->top1, &f->kl, &f->place_only_top1, &f->place_only_kl};
+    for (size_t i = 0; i < sizeof compared / sizeof *compared; i++) *compared[i] /= f->n_compared;
+}
+
+static void add_quality(const demo_figures *f, demo_summary *s)
+{
+    if (f->n_compared == 0) return;
+    s->n_compared++;
+    s->top1 += f->top1;
+    s->kl += f->kl;
+    s->place_only_top1 += f->place_only_top1;
+    s->place_only_kl += f->place_only_kl;
+}
+
+static void divide_quality(demo_summary *s)
+{
+    if (s->n_compared == 0) return;
+    double *const means[] = {&s->top1, &s->kl, &s->place_only_top1, &s->place_only_kl};
+    for (size_t i = 0; i < sizeof means / sizeof *means; i++) *means[i] /= s->n_compared;
 }
 
 void demo_summarise(const demo *d, demo_summary *s)
@@ -73,12 +93,10 @@ void demo_summarise(const demo *d, demo_summary *s)
         reused += (f->shared + f->placed + f->offset) * f->n;
         tokens += f->prompt_tokens * f->n;
         divide(f);
-        s->top1 += f->top1 / n_agents;
-        s->kl += f->kl / n_agents;
-        s->place_only_top1 += f->place_only_top1 / n_agents;
-        s->place_only_kl += f->place_only_kl / n_agents;
+        add_quality(f, s);
         if (a > 0) s->speedup_mean += f->speedup / (n_agents - 1);
     }
+    divide_quality(s);
     s->speedup_last = s->agents[n_agents - 1].speedup;
     if (n_agents == 1) s->speedup_mean = s->speedup_last;
     s->reuse_rate = tokens > 0.0 ? reused / tokens : 0.0;
@@ -174,15 +192,27 @@ void demo_print_table(const demo *d, const demo_summary *s)
         s->place_only_kl, s->wrong_exact_tokens);
 }
 
+/* Measures of quality are null where nothing was compared: 0 would look measured. */
+static void add_measures(json_t *object, uint32_t n_compared, const double *values)
+{
+    static const char *const names[] = {"top1_agreement", "kl", "place_only_top1_agreement",
+                                        "place_only_kl"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        (void)json_object_set_new(object, names[i],
+                                  n_compared > 0 ? json_real(values[i]) : json_null());
+}
+
 static json_t *agent_json(const demo *d, const demo_figures *f, uint32_t agent)
 {
-    return json_pack(
-        "{s:s, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "name",
-        d->workflow.agents[agent].name, "prompt_tokens", f->prompt_tokens, "shared", f->shared,
-        "placed", f->placed, "offset", f->offset, "blended", f->blended, "computed", f->computed,
-        "fetched_bytes", f->fetched_bytes, "ttft_full_ms", f->ttft_full_ms, "ttft_reuse_ms",
-        f->ttft_reuse_ms, "speedup", f->speedup, "top1_agreement", f->top1, "kl", f->kl,
-        "place_only_top1_agreement", f->place_only_top1, "place_only_kl", f->place_only_kl);
+    json_t *row =
+        json_pack("{s:s, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "name",
+                  d->workflow.agents[agent].name, "prompt_tokens", f->prompt_tokens, "shared",
+                  f->shared, "placed", f->placed, "offset", f->offset, "blended", f->blended,
+                  "computed", f->computed, "fetched_bytes", f->fetched_bytes, "ttft_full_ms",
+                  f->ttft_full_ms, "ttft_reuse_ms", f->ttft_reuse_ms, "speedup", f->speedup);
+    add_measures(row, f->n_compared,
+                 (double[]){f->top1, f->kl, f->place_only_top1, f->place_only_kl});
+    return row;
 }
 
 static json_t *cell_json(const demo *d, uint32_t round, uint32_t agent)
@@ -218,12 +248,12 @@ void demo_print_json(const demo *d, const demo_summary *s)
             (void)json_array_append_new(rows, cell_json(d, r, a));
     }
     json_t *report =
-        json_pack("{s:s, s:o, s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:i, s:o, s:s}", "name",
-                  "demo", "agents", agents, "rounds", (int)d->n_rounds_done, "reuse_rate",
-                  s->reuse_rate, "speedup_mean", s->speedup_mean, "speedup_last", s->speedup_last,
-                  "top1_agreement", s->top1, "kl", s->kl, "place_only_top1_agreement",
-                  s->place_only_top1, "place_only_kl", s->place_only_kl, "wrong_exact_tokens",
+        json_pack("{s:s, s:o, s:i, s:f, s:f, s:f, s:i, s:o, s:s}", "name", "demo", "agents", agents,
+                  "rounds", (int)d->n_rounds_done, "reuse_rate", s->reuse_rate, "speedup_mean",
+                  s->speedup_mean, "speedup_last", s->speedup_last, "wrong_exact_tokens",
                   (int)s->wrong_exact_tokens, "rows", rows, "version", KVL_VERSION);
+    add_measures(report, s->n_compared,
+                 (double[]){s->top1, s->kl, s->place_only_top1, s->place_only_kl});
     (void)json_dumpf(report, stdout, JSON_INDENT(2));
     (void)printf("\n");
     json_decref(report);

@@ -99,7 +99,7 @@ static kvl_status load_round(const char *directory, const json_t *entry, demo_wo
     char *slot = kvl_alloc(room);
     char *copy = kvl_strdup(question);
     if (slot != NULL)
-        (void)snprintf(slot, room, "Question: %s\n\nDocument:\n%s", question, document);
+        (void)snprintf(slot, room, "Document:\n%s\n\nQuestion: %s", document, question);
     kvl_free(document);
     workflow->questions[index] = slot;
     workflow->short_questions[index] = copy;

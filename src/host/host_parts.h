@@ -59,8 +59,7 @@ typedef struct run_part {
     uint32_t slot;     /* number of the slot in the template */
     kvl_digest home, id;
     kvl_container *container; /* its KV at home, once it is had; a reference */
-    bool computed_at_home;    /* by this host, in this run */
-    bool is_missing;          /* asked for and not to be had */
+    bool is_missing;          /* an answer that was asked for and is not to be had */
     char from[KVL_SLOT_NAME_MAX];
     uint64_t fetched_bytes;
     kvl_anchor_match match;
@@ -107,8 +106,9 @@ KVL_MUST_USE kvl_status run_init(run *r, kvl_host *host, const Kvloom__V1__RunTa
                                  kvl_error *error);
 void run_deinit(run *r);
 
-/* host/resolve.c: has the KV at home of every slot: store, peers, or computed behind the header
- * where that is allowed. A slot whose KV cannot be had is marked and logged, no error. */
+/* host/resolve.c: has the KV at home of every slot: from the store or from peers, or, where
+ * `may_compute`, computed behind the header and published, so that whoever reads the text next
+ * places it. A slot whose KV cannot be had is marked and logged, no error. */
 KVL_MUST_USE kvl_status run_resolve(run *r, bool may_compute, kvl_error *error);
 
 /* host/publish.c */

@@ -59,7 +59,6 @@ static kvl_status compute_at_home(run *r, run_part *part, kvl_error *error)
     if (status == KVL_OK)
         status = host_publish(host, session, host->n_home_ids, part->n_tokens, &part->home, true,
                               &part->container, error);
-    part->computed_at_home = status == KVL_OK;
     kvl_session_destroy(session);
     kvl_free(ids);
     return status;
@@ -77,8 +76,9 @@ static kvl_status resolve_part(run *r, run_part *part, bool may_compute, kvl_err
     }
     if (part->container == NULL && part->is_canonical && may_compute)
         KVL_TRY(compute_at_home(r, part, error));
-    part->is_missing = part->container == NULL;
-    if (part->is_missing && !part->is_canonical)
+    /* A text that nobody has read yet is not one that went missing. */
+    part->is_missing = part->container == NULL && !part->is_canonical;
+    if (part->is_missing)
         kvl_log(KVL_LOG_WARN, "segment_not_available",
                 "slot=%s tokens=%u remedy=\"computed densely\"", part->asked->slot, part->n_tokens);
     return KVL_OK;
@@ -90,7 +90,8 @@ kvl_status run_resolve(run *r, bool may_compute, kvl_error *error)
     for (uint32_t p = 0; p < r->n_parts; p++) {
         run_part *part = &r->parts[p];
         const bool is_shared = part->first + part->n_tokens <= r->n_shared;
-        if (!part->is_slot || part->n_tokens == 0 || part->container != NULL || is_shared) continue;
+        if (!part->is_slot || part->n_tokens == 0 || is_shared) continue;
+        if (part->container != NULL || part->is_missing) continue;
         KVL_TRY(resolve_part(r, part, may_compute, error));
     }
     r->fetch_ns += kvl_clock_now(r->host->clock) - start;

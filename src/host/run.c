@@ -147,8 +147,7 @@ static void fill_part(const run *r, const run_part *part, Kvloom__V1__PartReport
     report->slot = part->asked->slot;
     report->n_tokens = part->n_tokens;
     report->shared = part->step.n_shared;
-    /* What this host had to compute at home in this very run was computed, not reused. */
-    const uint32_t n_reused = part->computed_at_home ? 0 : part->step.n_reused;
+    const uint32_t n_reused = part->step.n_reused;
     report->placed = part->step.action == KVL_ACTION_PLACE ? n_reused : 0;
     report->offset = part->step.action == KVL_ACTION_OFFSET ? n_reused : 0;
     report->computed = part->n_tokens - part->step.n_shared - n_reused;
@@ -158,12 +157,9 @@ static void fill_part(const run *r, const run_part *part, Kvloom__V1__PartReport
     report->compute_ms = part->step.compute_ms;
     report->n_anchors = part->match.n_anchors;
     report->distance = part->match.distance;
-    report->reason =
-        (char *)(uintptr_t)(part->is_missing ? "its segment was not to be had: computed"
-                            : part->computed_at_home
-                                ? "nobody had read it: computed at home, then placed"
-                            : part->step.reason == NULL ? ""
-                                                        : part->step.reason);
+    const char *reason = part->step.reason == NULL ? "" : part->step.reason;
+    if (part->is_missing) reason = "its segment was not to be had: computed";
+    report->reason = (char *)(uintptr_t)reason;
 }
 
 static kvl_status copy_token_bytes(const run *r, const run_part *part,
@@ -282,7 +278,7 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
                               r->salt, &r->n_shared, error));
     const bool early = may_reuse && (r->task->quality == KVLOOM__V1__QUALITY__QUALITY_FAST ||
                                      anchors_may_cover(r));
-    if (early) KVL_TRY(run_resolve(r, true, error));
+    if (early) KVL_TRY(run_resolve(r, false, error));
     KVL_TRY(run_plan(r, error));
     KVL_TRY(run_fill(r, true, error));
     KVL_TRY(decode(r, false, error));
@@ -293,10 +289,11 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
     KVL_TRY(publish_answer(r, error));
     KVL_TRY(copy_answer(r, reply, error));
     if (r->task->evaluate) KVL_TRY(evaluate(r, error));
-    if (wants_anchors(r)) {
-        KVL_TRY(run_resolve(r, true, error));
-        KVL_TRY(run_measure_anchors(r, error));
-    }
+    /* A text that nobody has read yet is computed where it stands, which is exact and takes no
+     * longer than computing it behind the header; the latter is done now, for those who read it
+     * next. */
+    if (may_reuse) KVL_TRY(run_resolve(r, true, error));
+    if (wants_anchors(r)) KVL_TRY(run_measure_anchors(r, error));
     r->fetch_ns = spent[0];
     r->correct_ns = spent[1];
     r->place_ns = spent[2];

@@ -23,6 +23,7 @@ kvl_anchor_options kvl_anchor_default_options(void)
         .distance_max = 1.5F,
         .n_anchors_min = 2,
         .coverage_min = 0.5F,
+        .shrink = true,
         .dtype = KVL_KV_INT8,
         .threads = NULL,
     };
@@ -91,7 +92,13 @@ static void anchor_destroy(kvl_anchor *anchor)
 {
     if (anchor == NULL) return;
     kvl_container_release(anchor->container);
+    kvl_free(anchor->means);
     kvl_free(anchor);
+}
+
+static kvl_status add_means(const kvl_anchor_pool *pool, kvl_anchor *anchor, kvl_error *error)
+{
+    return kvl_anchor_pool_shrinks(pool) ? kvl_anchor_means_create(pool, anchor, error) : KVL_OK;
 }
 
 void kvl_anchor_pool_destroy(kvl_anchor_pool *pool)
@@ -142,9 +149,9 @@ static kvl_status reserve_for(kvl_anchor_pool *pool, const kvl_anchor_layout *la
     size_t n_tokens = (size_t)((float)layout->n_tokens / pool->options.coverage_min) + 1;
     if (n_tokens > KVL_SEGMENT_TOKENS_MAX) n_tokens = KVL_SEGMENT_TOKENS_MAX;
     KVL_TRY(reserve(2 * n_most * n_tokens, &pool->per_token, &pool->n_per_token, error));
-    if (pool->options.mode != KVL_ANCHOR_PAPER) return KVL_OK;
     const size_t width = (size_t)layout->n_kv_heads * layout->head_dim;
-    return reserve(kvl_anchor_n_threads(pool) * n_most * width, &pool->per_channel,
+    const size_t n_rows = n_most > 2 ? n_most : 2;
+    return reserve(kvl_anchor_n_threads(pool) * n_rows * width, &pool->per_channel,
                    &pool->n_per_channel, error);
 }
 
@@ -226,7 +233,8 @@ static kvl_status check_budget(const kvl_anchor_pool *pool, uint64_t n_bytes, kv
 /* Bytes that an anchor counts for. */
 static uint64_t weigh(const kvl_anchor_layout *layout)
 {
-    return (uint64_t)layout->block_bytes * layout->n_layers + sizeof(kvl_anchor);
+    const uint64_t row = (uint64_t)layout->n_kv_heads * layout->head_dim * sizeof(float);
+    return ((uint64_t)layout->block_bytes + 2 * row) * layout->n_layers + sizeof(kvl_anchor);
 }
 
 static bool mode_can_use(kvl_anchor_mode mode, const kvl_anchor_layout *layout)
@@ -267,6 +275,11 @@ kvl_status kvl_anchor_pool_add(kvl_anchor_pool *pool, const kvl_digest *fingerpr
     kvl_container_share(container);
     *anchor = (kvl_anchor){
         .container = container, .extra = extra, .layout = layout, .bytes = weigh(&layout)};
+    const kvl_status averaged = add_means(pool, anchor, error);
+    if (averaged < 0) {
+        anchor_destroy(anchor);
+        return averaged;
+    }
     insert(pool, anchor);
     return KVL_OK;
 }
@@ -375,7 +388,12 @@ static kvl_status make_anchor(kvl_anchor_pool *pool, const kvl_anchor_layout *la
     kvl_container_share(container);
     **anchor = (kvl_anchor){
         .container = container, .extra = *extra, .layout = *layout, .bytes = weigh(layout)};
-    return KVL_OK;
+    const kvl_status averaged = add_means(pool, *anchor, error);
+    if (averaged < 0) {
+        anchor_destroy(*anchor);
+        *anchor = NULL;
+    }
+    return averaged;
 }
 
 kvl_status kvl_anchor_pool_measure(kvl_anchor_pool *pool, const kvl_anchor_slot *slot,

@@ -41,6 +41,8 @@ typedef struct kvl_anchor_options {
     float coverage_min;     /* scale-free mode: an anchor with this share of the request's tokens is
                                long enough; tokens past its end are corrected by longer anchors
                                only, or stay as they are. 1 is the paper's rule; 0.5 */
+    bool shrink;            /* scale-free mode: offsets count as far as anchors agree on them, and
+                               as far as a token is like the anchor's (anchor_shrink.c); true */
     kvl_kv_dtype dtype;     /* of stored offsets: int8, or f32 for exact tests */
     kvl_pool *threads;      /* shares out layers and tokens; borrowed until the anchor pool is
                                destroyed; NULL: the calling thread does all */

@@ -3,7 +3,8 @@
  * Method, default mode. For token t, |V - V_a| / |V| over the layers that anchors keep for this
  * (the Frobenius norm over layers, heads and dimensions); weights of anchors softmax(-distance /
  * tau), one set a token for the slot, and one set from the mean over tokens for the text after it
- * and for the gate. Values know no position, so no rotation comes into it. Method, paper mode
+ * and for the gate. Values know no position, so no rotation comes into it. Offsets are believed as
+ * far as reuse/anchor_shrink.c says. Method, paper mode
  * (arXiv:2510.12872, equations 5 to 7, with the scales of the authors' program). Gate: entropy of
  * softmax(-|V - V_a|) over everything. Slot: softmax of the mean |K - K_a| a token, and of |V -
  * V_a| for values. Text after: softmax a layer, head and dimension of the L2 distance over the last
@@ -307,33 +308,37 @@ typedef struct correction {
     const anchor_party *party;
     const float *key_weights;     /* [n][n_tokens] */
     const float *value_weights;   /* same */
+    const float *mean_weights;    /* where offsets are shrunk: [n][n_tokens] as
+                                     kvl_anchor_split_weights leaves it; otherwise NULL */
     const double *anchor_weights; /* [n] */
     float *keys, *values;
     const kvl_kv_view *after; /* NULL: there is none to correct */
     float *after_keys, *after_values;
 } correction;
 
-static kvl_anchor_rows section_rows(const kvl_anchor *anchor, uint32_t layer,
-                                    kvl_anchor_section section)
+static bool all_are_zero(size_t n, const float *weights)
 {
-    const uint8_t *block = kvl_container_block_view(anchor->container, layer, &(size_t){0});
-    return kvl_anchor_section_rows(&anchor->layout, block, section);
+    float largest = 0.0F;
+    for (size_t i = 0; i < n; i++) largest = fmaxf(largest, fabsf(weights[i]));
+    return largest == 0.0F;
 }
 
-/* Adds all anchors' offsets of one section to one layer's rows, a tile of tokens at a time.
- * weights [n][n_rows] */
+/* Adds all anchors' offsets of one section to one layer's rows from row_first on, a tile of tokens
+ * at a time. weights [n][n_rows] */
 static void add_section(const anchor_party *party, uint32_t layer, kvl_anchor_section section,
-                        size_t n_rows, const float *weights, float *rows)
+                        size_t row_first, size_t n_rows, const float *weights, float *rows)
 {
     const kvl_kv_view *base = party->base;
     kvl_anchor_rows of[KVL_ANCHORS_PER_SLOT_MAX];
-    for (uint32_t a = 0; a < party->n; a++) of[a] = section_rows(party->anchors[a], layer, section);
-    for (size_t first = 0; first < n_rows; first += TILE_TOKENS) {
+    for (uint32_t a = 0; a < party->n; a++)
+        of[a] = kvl_anchor_rows_of(party->anchors[a], layer, section);
+    for (size_t first = row_first; first < n_rows; first += TILE_TOKENS) {
         for (uint32_t a = 0; a < party->n; a++) {
             const size_t n_known = party->anchors[a]->layout.n_tokens;
             if (n_known <= first) continue;
             const size_t n_left = (n_known < n_rows ? n_known : n_rows) - first;
             const size_t n = n_left < TILE_TOKENS ? n_left : TILE_TOKENS;
+            if (all_are_zero(n, weights + a * n_rows + first)) continue;
             const kvl_anchor_rows tile =
                 kvl_anchor_rows_from(&of[a], first, base->n_kv_heads, base->head_dim);
             kvl_anchor_add(party->pool->kernels, &tile, (uint32_t)n, base->n_kv_heads,
@@ -350,7 +355,7 @@ static void add_section_evenly(const anchor_party *party, uint32_t layer,
 {
     const kvl_kv_view *base = party->base;
     for (uint32_t a = 0; a < party->n; a++) {
-        const kvl_anchor_rows of = section_rows(party->anchors[a], layer, section);
+        const kvl_anchor_rows of = kvl_anchor_rows_of(party->anchors[a], layer, section);
         float weights[TILE_TOKENS];
         for (size_t i = 0; i < TILE_TOKENS; i++) weights[i] = (float)anchor_weights[a];
         for (size_t first = 0; first < n_rows; first += TILE_TOKENS) {
@@ -363,17 +368,45 @@ static void add_section_evenly(const anchor_party *party, uint32_t layer,
     }
 }
 
+/* This thread's part of the pool's memory for rows. */
+static float *rows_scratch(const anchor_party *party, size_t thread)
+{
+    const kvl_anchor_pool *pool = party->pool;
+    const size_t n_rows = pool->options.n_anchors_max > 2 ? pool->options.n_anchors_max : 2;
+    const size_t slice = n_rows * row_width(party->base);
+    KVL_ASSERT((thread + 1) * slice <= pool->n_per_channel);
+    return pool->per_channel + thread * slice;
+}
+
+/* The slot's keys or values of one layer. */
+static void correct_slot(const correction *c, uint32_t layer, kvl_anchor_section section,
+                         const float *weights, size_t thread, float *rows)
+{
+    const anchor_party *party = c->party;
+    const uint32_t n_tokens = party->base->n_tokens;
+    if (c->mean_weights == NULL) {
+        add_section(party, layer, section, 0, n_tokens, weights, rows);
+        return;
+    }
+    const kvl_anchor_correction shrunk = {.kernels = party->pool->kernels,
+                                          .anchors = party->anchors,
+                                          .n_anchors = party->n,
+                                          .n_tokens = n_tokens,
+                                          .layer = layer,
+                                          .section = section};
+    float *scratch = rows_scratch(party, thread);
+    kvl_anchor_add_head(&shrunk, weights, c->mean_weights, scratch, rows);
+    add_section(party, layer, section, kvl_anchor_head(n_tokens), n_tokens, weights, rows);
+    kvl_anchor_add_means(&shrunk, c->mean_weights, scratch, rows);
+}
+
 static void correct_layer(void *context, size_t item, size_t thread)
 {
-    (void)thread;
     const correction *c = context;
-    const kvl_kv_view *base = c->party->base;
     const uint32_t layer = (uint32_t)item + 1; /* layer 0 knows no context */
-    const size_t at = row_at(base, layer, 0);
-    add_section(c->party, layer, KVL_ANCHOR_SLOT_KEYS, base->n_tokens, c->key_weights,
-                c->keys + at);
-    add_section(c->party, layer, KVL_ANCHOR_SLOT_VALUES, base->n_tokens, c->value_weights,
-                c->values + at);
+    const size_t at = row_at(c->party->base, layer, 0);
+    correct_slot(c, layer, KVL_ANCHOR_SLOT_KEYS, c->key_weights, thread, c->keys + at);
+    correct_slot(c, layer, KVL_ANCHOR_SLOT_VALUES, c->value_weights, thread, c->values + at);
     if (c->after == NULL) return;
     const size_t after_at = row_at(c->after, layer, 0);
     add_section_evenly(c->party, layer, KVL_ANCHOR_AFTER_KEYS, c->after->n_tokens,
@@ -386,7 +419,7 @@ static void correct_layer(void *context, size_t item, size_t thread)
 static void add_exact(const correction *c, uint32_t layer, kvl_anchor_section section,
                       size_t n_rows, float *rows)
 {
-    const kvl_anchor_rows of = section_rows(c->party->exact, layer, section);
+    const kvl_anchor_rows of = kvl_anchor_rows_of(c->party->exact, layer, section);
     if (of.dtype == KVL_KV_F32) {
         kvl_anchor_add_exact(n_rows * row_width(c->party->base), of.numbers, of.scales, rows);
         return;
@@ -439,7 +472,7 @@ static void correct_after_as_paper(const correction *c, uint32_t layer, bool key
     float *rows = (keys ? c->after_keys : c->after_values) + row_at(c->after, layer, 0);
     weigh_channels(c->party, layer, keys, weights);
     for (uint32_t a = 0; a < c->party->n; a++) {
-        const kvl_anchor_rows of = section_rows(c->party->anchors[a], layer, section);
+        const kvl_anchor_rows of = kvl_anchor_rows_of(c->party->anchors[a], layer, section);
         kvl_anchor_add_channels(c->party->pool->kernels, &of, c->after->n_tokens, base->n_kv_heads,
                                 base->head_dim, weights + a * row_width(base), rows);
     }
@@ -448,22 +481,17 @@ static void correct_after_as_paper(const correction *c, uint32_t layer, bool key
 static void correct_layer_as_paper(void *context, size_t item, size_t thread)
 {
     const correction *c = context;
-    const kvl_anchor_pool *pool = c->party->pool;
     const kvl_kv_view *base = c->party->base;
     const uint32_t layer = (uint32_t)item + 1;
     if (c->after != NULL) {
         /* First, since it looks at the base, and c->keys may be the base itself. */
-        const size_t slice = pool->options.n_anchors_max * row_width(base);
-        float *weights = pool->per_channel + thread * slice;
-        KVL_ASSERT((thread + 1) * slice <= pool->n_per_channel);
+        float *weights = rows_scratch(c->party, thread);
         correct_after_as_paper(c, layer, true, weights);
         correct_after_as_paper(c, layer, false, weights);
     }
     const size_t at = row_at(base, layer, 0);
-    add_section(c->party, layer, KVL_ANCHOR_SLOT_KEYS, base->n_tokens, c->key_weights,
-                c->keys + at);
-    add_section(c->party, layer, KVL_ANCHOR_SLOT_VALUES, base->n_tokens, c->value_weights,
-                c->values + at);
+    correct_slot(c, layer, KVL_ANCHOR_SLOT_KEYS, c->key_weights, thread, c->keys + at);
+    correct_slot(c, layer, KVL_ANCHOR_SLOT_VALUES, c->value_weights, thread, c->values + at);
 }
 
 static kvl_status check_after(const anchor_party *party, const kvl_kv_view *after, kvl_error *error)
@@ -495,7 +523,12 @@ static void weigh_tokens(const anchor_party *party, correction *c)
         softmax_columns(party->n, n_tokens, n_tokens, temperature, second);
         c->value_weights = second;
     }
+    const bool shrinks = kvl_anchor_pool_shrinks(pool);
+    if (shrinks) kvl_anchor_similarities(party->n * n_tokens, first, second);
     softmax_columns(party->n, n_tokens, n_tokens, temperature, first);
+    if (!shrinks) return;
+    kvl_anchor_split_weights(party->n, (uint32_t)n_tokens, first, second);
+    c->mean_weights = second;
 }
 
 kvl_status kvl_anchor_pool_correct(kvl_anchor_pool *pool, const kvl_anchor_slot *slot,

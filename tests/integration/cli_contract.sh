@@ -41,6 +41,11 @@ for command in demo serve generate tokenize logits model explain bench; do
     expect 0 "^Usage: kvloom $command" out "$kvloom" "$command" --help
 done
 
+# The manual pages are made of what --help says, so it is enough that they are there.
+for page in kvloom kvloom-demo kvloom-serve kvloom-generate; do
+    expect 0 '^\.SH DESCRIPTION' out cat "$(dirname "$kvloom")/man/$page.1"
+done
+
 # Not there: the name, and what to do about it.
 expect 1 'nowhere.gguf' err "$kvloom" generate --model "$folder/nowhere.gguf" --prompt x
 expect 1 'model list' err "$kvloom" generate --model "$folder/nowhere.gguf" --prompt x

@@ -173,6 +173,7 @@ static inline kvl_anchor_options exact_options(void)
     options.dtype = KVL_KV_F32;
     options.distance_max = 100.0F;
     options.n_anchors_min = 1;
+    options.shrink = false;
     return options;
 }
 
