@@ -236,7 +236,7 @@ static Kvloom__V1__HostReply *round_of(fixture *f, const char *question,
                                        Kvloom__V1__Quality quality)
 {
     Kvloom__V1__HostReply *first = run_both(f, 0, question, NULL, quality);
-    /* Whoever reads a text first computes it where it stands, also where anchors could correct it. */
+    /* Whoever reads a text first computes it where it stands, even where anchors are known. */
     assert_true(first->run->exact);
     Kvloom__V1__HostReply *second = run_both(f, 1, question, first->run, quality);
     kvloom__v1__host_reply__free_unpacked(first, NULL);
