@@ -82,8 +82,13 @@ static kvl_status spawn_host(demo *d, size_t host, kvl_error *error)
     command_line *line = kvl_alloc_zero(1, sizeof *line);
     if (line == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a command line");
     build_line(d, host, line);
+    /* The name behind the link, and not the link: a tool that runs this program in its own process,
+     * as valgrind does, answers with the program and not with itself. */
+    char program[PATH_MAX];
+    const ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+    program[n < 0 ? 0 : n] = '\0';
     const int reason =
-        posix_spawn(&d->hosts[host].pid, "/proc/self/exe", NULL, NULL, line->arguments, environ);
+        posix_spawn(&d->hosts[host].pid, program, NULL, NULL, line->arguments, environ);
     kvl_free(line);
     if (reason == 0) return KVL_OK;
     d->hosts[host].pid = 0;
