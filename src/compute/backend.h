@@ -79,6 +79,20 @@ typedef struct kvl_attend_call {
     float *out;          /* [n_rows][n_heads][head_dim] */
 } kvl_attend_call;
 
+/* How much attention some rows of one path give each of its keys. */
+typedef struct kvl_attend_mass_call {
+    const kvl_pages *pages;
+    uint32_t layer;
+    uint32_t n_heads; /* query heads, a multiple of pages->n_kv_heads */
+    uint32_t n_rows;
+    const float *queries;      /* [n_rows][n_heads][head_dim], rotated */
+    const uint32_t *positions; /* [n_rows]: row r sees keys at positions <= positions[r] */
+    const uint32_t *page_ids;  /* [ceil(n_keys / KVL_PAGE_TOKENS)] */
+    uint32_t n_keys;           /* at most KVL_ATTEND_MASS_KEYS_MAX; keys behind them do not exist */
+} kvl_attend_mass_call;
+
+#define KVL_ATTEND_MASS_KEYS_MAX 131072u
+
 typedef struct kvl_backend kvl_backend;
 
 typedef struct kvl_backend_ops {
@@ -119,6 +133,11 @@ typedef struct kvl_backend_ops {
                        uint32_t n_rows, const uint32_t *slots, float *keys, float *values);
 
     void (*attend)(kvl_backend *backend, const kvl_attend_call *call);
+
+    /* mass[h][k] += sum over rows and over the query heads of KV head h of the attention weight of
+     * key k: a row's weights are those of all keys that it sees and add up to 1. mass
+     * [n_kv_heads][n_keys]: a sum for each KV head, so that threads need no order. */
+    void (*attend_mass)(kvl_backend *backend, const kvl_attend_mass_call *call, float *mass);
 
     /* Waits for everything called so far. */
     void (*synchronize)(kvl_backend *backend);

@@ -115,6 +115,28 @@ static void attend_item(void *context, size_t item, size_t thread)
         merge_block(work, block, job.kv_head, job.scratch);
 }
 
+typedef struct mass_work {
+    kvl_backend_cpu *cpu;
+    const kvl_attend_mass_call *call;
+    float *mass;
+} mass_work;
+
+static void mass_item(void *context, size_t kv_head, size_t thread)
+{
+    const mass_work *work = context;
+    work->cpu->kernels.mass->mass(work->call, (uint32_t)kv_head,
+                                  kvl_backend_cpu_scratch(work->cpu, thread),
+                                  work->mass + kv_head * work->call->n_keys);
+}
+
+void kvl_cpu_attend_mass(kvl_backend *backend, const kvl_attend_mass_call *call, float *mass)
+{
+    KVL_ASSERT(call->n_heads > 0 && call->n_heads % call->pages->n_kv_heads == 0);
+    if (call->n_rows == 0 || call->n_keys == 0) return;
+    mass_work work = {kvl_backend_cpu_of(backend), call, mass};
+    kvl_pool_run(backend->pool, mass_item, &work, call->pages->n_kv_heads);
+}
+
 void kvl_cpu_attend(kvl_backend *backend, const kvl_attend_call *call)
 {
     KVL_ASSERT(call->n_heads > 0 && call->n_heads % call->pages->n_kv_heads == 0);

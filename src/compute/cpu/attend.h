@@ -40,8 +40,15 @@ struct kvl_cpu_attend_kernels {
                   float *out);
 };
 
+struct kvl_cpu_mass_kernels {
+    /* out[k] += weights of all rows and all query heads of one KV head; out [n_keys];
+     * scratch [KVL_CPU_SCRATCH_FLOATS], aligned */
+    void (*mass)(const kvl_attend_mass_call *call, uint32_t kv_head, float *scratch, float *out);
+};
+
 /* Slots of kvl_backend_ops. */
 void kvl_cpu_attend(kvl_backend *backend, const kvl_attend_call *call);
+void kvl_cpu_attend_mass(kvl_backend *backend, const kvl_attend_mass_call *call, float *mass);
 void kvl_cpu_pages_write(kvl_backend *backend, const kvl_pages *pages, uint32_t layer,
                          uint32_t n_rows, const uint32_t *slots, const float *keys,
                          const float *values);

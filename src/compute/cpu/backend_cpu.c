@@ -155,6 +155,7 @@ static const kvl_backend_ops cpu_ops = {
     .pages_write = kvl_cpu_pages_write,
     .pages_read = kvl_cpu_pages_read,
     .attend = kvl_cpu_attend,
+    .attend_mass = kvl_cpu_attend_mass,
     .synchronize = synchronize,
     .destroy = destroy,
 };

@@ -62,7 +62,7 @@ static void take_tables(kvl_cpu_variant variant, kvl_cpu_kernels *kernels)
 #define KVL_CPU_TAKE(name)                                                                         \
     if (strcmp(variant_names[variant], #name) == 0)                                                \
         *kernels = (kvl_cpu_kernels){variant, kvl_cpu_matmul_##name(), kvl_cpu_vector_##name(),    \
-                                     kvl_cpu_attend_##name()};
+                                     kvl_cpu_attend_##name(), kvl_cpu_mass_##name()};
     KVL_CPU_VARIANT_LIST(KVL_CPU_TAKE)
 #undef KVL_CPU_TAKE
 }

@@ -68,6 +68,9 @@ typedef struct kvl_cpu_vector_kernels {
 /* attend: variant_attend.c; the table is in compute/cpu/attend.h. */
 typedef struct kvl_cpu_attend_kernels kvl_cpu_attend_kernels;
 
+/* mass: variant_mass.c; the table is in compute/cpu/attend.h. */
+typedef struct kvl_cpu_mass_kernels kvl_cpu_mass_kernels;
+
 #if defined(__x86_64__)
 #define KVL_CPU_VARIANT_LIST(X) X(portable) X(avx2) X(avx512)
 #else
@@ -79,7 +82,8 @@ typedef struct kvl_cpu_attend_kernels kvl_cpu_attend_kernels;
 #define KVL_CPU_GETTERS(variant)                                                                   \
     const kvl_cpu_matmul_kernels *kvl_cpu_matmul_##variant(void);                                  \
     const kvl_cpu_vector_kernels *kvl_cpu_vector_##variant(void);                                  \
-    const kvl_cpu_attend_kernels *kvl_cpu_attend_##variant(void);
+    const kvl_cpu_attend_kernels *kvl_cpu_attend_##variant(void);                                  \
+    const kvl_cpu_mass_kernels *kvl_cpu_mass_##variant(void);
 KVL_CPU_VARIANT_LIST(KVL_CPU_GETTERS)
 #undef KVL_CPU_GETTERS
 
@@ -88,6 +92,7 @@ typedef struct kvl_cpu_kernels {
     const kvl_cpu_matmul_kernels *matmul;
     const kvl_cpu_vector_kernels *vector;
     const kvl_cpu_attend_kernels *attend;
+    const kvl_cpu_mass_kernels *mass;
 } kvl_cpu_kernels;
 
 /* Chooses the tables of a variant. For KVL_CPU_BEST the environment's KVLOOM_CPU decides where it
