@@ -29,6 +29,10 @@ typedef struct kvl_forward_batch {
     float *logits; /* [n_logit_rows][n_vocab] float, the caller's */
     /* Called after each layer of each cut, may be NULL: true stops the walk (KVL_ERR_CANCELLED). */
     bool (*after_layer)(void *context, uint32_t layer, uint32_t row_first, uint32_t n_rows);
+    /* Called in every layer but the last, before attention, may be NULL: the rotated queries of
+     * the cut's rows [n_rows][n_heads][head_dim], borrowed; the keys that they see are in pages. */
+    void (*on_queries)(void *context, uint32_t layer, uint32_t row_first, uint32_t n_rows,
+                       const float *queries);
     void *context;
 } kvl_forward_batch;
 

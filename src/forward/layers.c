@@ -260,6 +260,9 @@ static kvl_status run_cut(kvl_forward *forward, const cut *work, kvl_error *erro
             last_layer(forward, layer, work);
         } else {
             project(forward, layer, work->n_rows, true);
+            if (batch->on_queries != NULL)
+                batch->on_queries(batch->context, layer, work->row_first, work->n_rows,
+                                  forward->queries);
             finish_layer(forward, forward->plan, layer, work->n_rows);
         }
         if (batch->after_layer != NULL &&

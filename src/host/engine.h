@@ -60,6 +60,20 @@ KVL_MUST_USE kvl_status kvl_session_compute_range(kvl_session *session, uint32_t
                                                   uint32_t past, uint32_t n_logits, float *logits,
                                                   kvl_error *error);
 
+/* Computes the tokens at `positions` [n] and sums the attention that those from position `from` on
+ * give each position of the session, over all layers but the last, all heads and rows.
+ * mass     [kvl_session_n_tokens], by position; overwritten
+ * Errors   those of kvl_session_compute; KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions,
+                                              uint32_t n, uint32_t from, float *mass,
+                                              kvl_error *error);
+/* Computes the tokens at `positions` [n] in layers 0 and 1 only, and says how far each is from the
+ * KV that was there: |dK|^2 + |dV|^2 in layer 1, keys before rotation.
+ * deviation  [kvl_session_n_tokens], by position; 0 where nothing was computed
+ * Errors   as above */
+KVL_MUST_USE kvl_status kvl_session_deviation(kvl_session *session, const uint32_t *positions,
+                                              uint32_t n, float *deviation, kvl_error *error);
+
 /* Appends ids without KV; more pages are had where needed. Errors as kvl_session_begin. */
 KVL_MUST_USE kvl_status kvl_session_append(kvl_session *session, const uint32_t *ids, uint32_t n,
                                            kvl_error *error);

@@ -7,6 +7,7 @@
 #include "host.pb-c.h"
 #include "host/host.h"
 #include "reuse/planner.h"
+#include "reuse/select.h"
 
 #define KVL_PARTS_MAX 64u
 #define KVL_SLOT_NAME_MAX 32u
@@ -77,13 +78,16 @@ typedef struct run {
     uint64_t salt;
     kvl_session *session;
     uint32_t n_shared;
-    uint32_t *positions; /* [n_ids] scratch: what is computed */
-    bool is_exact;       /* only shared and computed: the answer must be that of a full prefill */
+    uint32_t *positions;             /* [n_ids] scratch: what is computed */
+    const kvl_select_policy *select; /* NULL: nothing is blended */
+    uint32_t n_recomputed, n_corrected;
+    bool is_verified;
+    bool is_exact; /* only shared and computed: the answer must be that of a full prefill */
     /* Outcome. */
     uint32_t n_answer;
     bool ended;
     int64_t start_ns, first_token_ns, end_ns;
-    int64_t fetch_ns, correct_ns, place_ns, compute_ns;
+    int64_t fetch_ns, correct_ns, place_ns, select_ns, compute_ns, verify_ns;
     kvl_digest answer_home;
     kvl_digest *anchors; /* [KVL_PARTS_MAX] measured in this run */
     uint32_t n_anchors, n_wrong;
@@ -124,9 +128,19 @@ KVL_MUST_USE kvl_status run_measure_anchors(run *r, kvl_error *error);
 kvl_plan_rates host_first_rates(void);
 /* Chooses what to do with each part: matches anchors where KV at home was resolved. */
 KVL_MUST_USE kvl_status run_plan(run *r, kvl_error *error);
-/* Places what is reused, corrected by anchors where `with_anchors`, and computes the rest; logits
- * of the prompt's last token end in host->logits. */
+/* Places what is reused and computes the rest; logits of the prompt's last token end in
+ * host->logits. `with_anchors`: corrected by anchors, and blended, as planned; without, what is
+ * placed stays as it is. */
 KVL_MUST_USE kvl_status run_fill(run *r, bool with_anchors, kvl_error *error);
+
+/* host/blend.c */
+/* Adds to the positions that are computed [*n, ascending, in r->positions] those of blended parts
+ * that the run's policy chooses. Nothing happens without blended parts. */
+KVL_MUST_USE kvl_status run_select(run *r, uint32_t *n, kvl_error *error);
+
+/* host/verify.c: prefills the prompt in full, checks the answer in one pass and decodes anew from
+ * the first token that differs. The run's session is the exact one from then on. */
+KVL_MUST_USE kvl_status run_verify(run *r, kvl_error *error);
 
 /* host/evaluate.c */
 void reference_deinit(reference *kept);

@@ -88,6 +88,25 @@ static kvl_digest identify_template(const run *r)
     return kvl_digester_end(&digester);
 }
 
+/* Prompts of no workflow, as of a pipeline that drops retrieved chunks into them, have no templates
+ * that come again and so no anchors: their chunks are blended. */
+static kvl_status find_policy(run *r, kvl_error *error)
+{
+    const Kvloom__V1__RunTask *task = r->task;
+    if (task->quality == KVLOOM__V1__QUALITY__QUALITY_EXACT) return KVL_OK;
+    const bool is_fast = task->quality == KVLOOM__V1__QUALITY__QUALITY_FAST;
+    if (task->select[0] == '\0') {
+        if (task->workflow[0] == '\0')
+            r->select = kvl_select_find(is_fast ? "sink8" : "sink8+query10");
+        return KVL_OK;
+    }
+    r->select = kvl_select_find(task->select);
+    if (r->select == NULL)
+        return KVL_FAIL(error, KVL_ERR_INVALID, "select is '%.32s', which is no policy",
+                        task->select);
+    return KVL_OK;
+}
+
 kvl_status run_init(run *r, kvl_host *host, const Kvloom__V1__RunTask *task, kvl_error *error)
 {
     *r = (run){.host = host, .task = task, .start_ns = kvl_clock_now(host->clock)};
@@ -98,6 +117,7 @@ kvl_status run_init(run *r, kvl_host *host, const Kvloom__V1__RunTask *task, kvl
     if (strlen(task->workflow) > 64 || strlen(task->template_name) > 64)
         return KVL_FAIL(error, KVL_ERR_TOO_LARGE,
                         "workflow and template_name have at most 64 bytes");
+    KVL_TRY(find_policy(r, error));
     uint32_t n_slots = 0;
     for (size_t p = 0; p < task->n_parts; p++)
         KVL_TRY(add_part(r, task->parts[p], &n_slots, error));

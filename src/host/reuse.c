@@ -92,11 +92,13 @@ kvl_status run_plan(run *r, kvl_error *error)
     }
     kvl_plan_options options = kvl_plan_default_options();
     options.quality = quality_of(r);
-    options.all_or_nothing = some_slot_lacks_anchors(r);
+    options.blend = r->select != NULL;
+    options.anchors = !options.blend;
+    options.all_or_nothing = !options.blend && some_slot_lacks_anchors(r);
     kvl_plan_totals totals = {0};
     kvl_plan_make(&options, &r->host->rates, about, r->n_parts, steps, &totals);
     for (uint32_t p = 0; p < r->n_parts; p++) r->parts[p].step = steps[p];
-    r->is_exact = totals.n_placed == 0 && totals.n_offset == 0;
+    r->is_exact = totals.n_placed == 0 && totals.n_offset == 0 && totals.n_blended == 0;
     r->correct_ns += kvl_clock_now(r->host->clock) - start;
     return KVL_OK;
 }
@@ -125,7 +127,7 @@ static kvl_status reuse_part(run *r, run_part *part, bool with_anchors, kvl_erro
     return KVL_OK;
 }
 
-/* Positions that are neither shared nor placed, in order. */
+/* Positions that are neither shared nor placed, in order; a policy may add to them. */
 static uint32_t list_computed(run *r)
 {
     uint32_t n = 0;
@@ -153,8 +155,9 @@ kvl_status run_fill(run *r, bool with_anchors, kvl_error *error)
         if (r->parts[p].step.n_reused > 0)
             KVL_TRY(reuse_part(r, &r->parts[p], with_anchors, error));
     }
+    uint32_t n = list_computed(r);
+    if (with_anchors) KVL_TRY(run_select(r, &n, error));
     const int64_t start = kvl_clock_now(r->host->clock);
-    const uint32_t n = list_computed(r);
     KVL_TRY(kvl_session_compute(r->session, r->positions, n, 1, r->host->logits, error));
     const int64_t took = kvl_clock_now(r->host->clock) - start;
     r->compute_ns += took;

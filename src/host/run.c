@@ -80,6 +80,8 @@ static kvl_status run_full(run *r, kvl_error *error)
 static kvl_status keep_exact_prefix(run *r, kvl_error *error)
 {
     uint32_t n_exact = 0;
+    if (r->is_verified)
+        return kvl_session_keep_prefix(r->session, r->salt, (uint32_t)r->n_ids, error);
     for (uint32_t p = 0; p < r->n_parts; p++) {
         const kvl_plan_step *step = &r->parts[p].step;
         if (step->n_reused > 0) {
@@ -114,10 +116,10 @@ static void count_wrong_tokens(run *r)
 static kvl_status evaluate(run *r, kvl_error *error)
 {
     kvl_host *host = r->host;
-    if (r->is_exact) count_wrong_tokens(r);
+    if (r->is_exact || r->is_verified) count_wrong_tokens(r);
     KVL_TRY(run_evaluate(r, &r->evaluation, error));
     r->has_evaluation = true;
-    if (!r->task->place_only || r->is_exact) return KVL_OK;
+    if (!r->task->place_only || r->is_exact || r->is_verified) return KVL_OK;
     for (uint32_t p = 0; p < r->n_parts; p++) {
         const run_part *part = &r->parts[p];
         if (part->step.n_reused > 0)
@@ -150,6 +152,7 @@ static void fill_part(const run *r, const run_part *part, Kvloom__V1__PartReport
     const uint32_t n_reused = part->step.n_reused;
     report->placed = part->step.action == KVL_ACTION_PLACE ? n_reused : 0;
     report->offset = part->step.action == KVL_ACTION_OFFSET ? n_reused : 0;
+    report->blended = part->step.action == KVL_ACTION_BLEND ? n_reused : 0;
     report->computed = part->n_tokens - part->step.n_shared - n_reused;
     report->fetched_bytes = part->fetched_bytes;
     report->from = (char *)(uintptr_t)part->from;
@@ -261,6 +264,11 @@ static kvl_status fill_reply(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
     reply->correct_ms = kvl_ns_to_ms(r->correct_ns);
     reply->place_ms = kvl_ns_to_ms(r->place_ns);
     reply->compute_ms = kvl_ns_to_ms(r->compute_ns);
+    reply->select_ms = kvl_ns_to_ms(r->select_ns);
+    reply->verify_ms = kvl_ns_to_ms(r->verify_ns);
+    reply->recomputed = r->n_recomputed;
+    reply->corrected = r->n_corrected;
+    reply->verified = r->is_verified || r->is_exact;
     reply->exact = r->is_exact;
     reply->ended = r->ended;
     reply->wrong_tokens = r->n_wrong;
@@ -276,15 +284,19 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
     const bool may_reuse = r->task->quality != KVLOOM__V1__QUALITY__QUALITY_EXACT;
     KVL_TRY(kvl_session_begin(r->session, r->ids, (uint32_t)r->n_ids, r->task->max_tokens, true,
                               r->salt, &r->n_shared, error));
-    const bool early = may_reuse && (r->task->quality == KVLOOM__V1__QUALITY__QUALITY_FAST ||
-                                     anchors_may_cover(r));
+    const bool early =
+        may_reuse && (r->select != NULL || r->task->quality == KVLOOM__V1__QUALITY__QUALITY_FAST ||
+                      anchors_may_cover(r));
     if (early) KVL_TRY(run_resolve(r, false, error));
     KVL_TRY(run_plan(r, error));
     KVL_TRY(run_fill(r, true, error));
     KVL_TRY(decode(r, false, error));
     /* From here on nothing is in the time to first token, nor in the answer's. What was spent on
      * the way to it is kept, and the answer copied before the comparison overwrites it. */
-    const int64_t spent[] = {r->fetch_ns, r->correct_ns, r->place_ns, r->compute_ns};
+    const int64_t spent[] = {r->fetch_ns, r->correct_ns, r->place_ns, r->select_ns, r->compute_ns};
+    const uint32_t n_recomputed = r->n_recomputed;
+    if (r->task->quality == KVLOOM__V1__QUALITY__QUALITY_VERIFIED && !r->is_exact)
+        KVL_TRY(run_verify(r, error));
     KVL_TRY(keep_exact_prefix(r, error));
     KVL_TRY(publish_answer(r, error));
     KVL_TRY(copy_answer(r, reply, error));
@@ -297,7 +309,9 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
     r->fetch_ns = spent[0];
     r->correct_ns = spent[1];
     r->place_ns = spent[2];
-    r->compute_ns = spent[3];
+    r->select_ns = spent[3];
+    r->compute_ns = spent[4];
+    r->n_recomputed = n_recomputed;
     return KVL_OK;
 }
 

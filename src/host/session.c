@@ -128,23 +128,27 @@ void kvl_session_truncate(kvl_session *session, uint32_t n_tokens)
     session->n_ids = n_tokens;
 }
 
+/* The batch that computes n tokens; `path` must outlive it. */
+static kvl_forward_batch batch_of(kvl_session *session, const uint32_t *positions, uint32_t n,
+                                  kvl_attention_path *path)
+{
+    KVL_ASSERT(n > 0 && positions[n - 1] < session->n_ids);
+    for (uint32_t i = 0; i < n; i++)
+        session->rows[i] = (kvl_forward_row){session->ids[positions[i]], 0, positions[i]};
+    *path = (kvl_attention_path){session->pages, positions[n - 1] + 1};
+    return (kvl_forward_batch){.rows = session->rows, .n_rows = n, .paths = path, .n_paths = 1};
+}
+
 kvl_status kvl_session_compute(kvl_session *session, const uint32_t *positions, uint32_t n,
                                uint32_t n_logits, float *logits, kvl_error *error)
 {
-    KVL_ASSERT(n > 0 && n_logits <= n && positions[n - 1] < session->n_ids);
-    for (uint32_t i = 0; i < n; i++)
-        session->rows[i] = (kvl_forward_row){session->ids[positions[i]], 0, positions[i]};
+    KVL_ASSERT(n_logits <= n);
+    kvl_attention_path path;
+    kvl_forward_batch batch = batch_of(session, positions, n, &path);
     for (uint32_t i = 0; i < n_logits; i++) session->logit_rows[i] = n - n_logits + i;
-    const kvl_attention_path path = {session->pages, positions[n - 1] + 1};
-    const kvl_forward_batch batch = {
-        .rows = session->rows,
-        .n_rows = n,
-        .paths = &path,
-        .n_paths = 1,
-        .logit_rows = session->logit_rows,
-        .n_logit_rows = n_logits,
-        .logits = logits,
-    };
+    batch.logit_rows = session->logit_rows;
+    batch.n_logit_rows = n_logits;
+    batch.logits = logits;
     return kvl_forward_run(session->engine->forward, &batch, error);
 }
 
@@ -154,6 +158,57 @@ kvl_status kvl_session_compute_range(kvl_session *session, uint32_t first, uint3
     KVL_ASSERT(first < past && past <= session->n_ids);
     for (uint32_t p = first; p < past; p++) session->positions[p - first] = p;
     return kvl_session_compute(session, session->positions, past - first, n_logits, logits, error);
+}
+
+typedef struct mass_of_queries {
+    kvl_session *session;
+    const uint32_t *positions;
+    uint32_t from;
+    float *mass; /* [n_kv_heads][n_ids] */
+} mass_of_queries;
+
+static void add_mass(void *context, uint32_t layer, uint32_t row_first, uint32_t n_rows,
+                     const float *queries)
+{
+    const mass_of_queries *sum = context;
+    const kvl_engine *engine = sum->session->engine;
+    uint32_t skipped = 0;
+    while (skipped < n_rows && sum->positions[row_first + skipped] < sum->from) skipped++;
+    if (skipped == n_rows) return;
+    const size_t row = (size_t)engine->shape->n_heads * engine->shape->head_dim;
+    const kvl_attend_mass_call call = {
+        .pages = kvl_page_pool_pages(engine->pool),
+        .layer = layer,
+        .n_heads = engine->shape->n_heads,
+        .n_rows = n_rows - skipped,
+        .queries = queries + skipped * row,
+        .positions = sum->positions + row_first + skipped,
+        .page_ids = sum->session->pages,
+        .n_keys = sum->session->n_ids,
+    };
+    engine->backend->ops->attend_mass(engine->backend, &call, sum->mass);
+}
+
+kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions, uint32_t n,
+                                 uint32_t from, float *mass, kvl_error *error)
+{
+    const uint32_t n_heads = session->engine->shape->n_kv_heads;
+    const uint32_t n_ids = session->n_ids;
+    float *per_head = kvl_alloc_zero((size_t)n_heads * n_ids, sizeof *per_head);
+    if (per_head == NULL)
+        return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for the attention to %u keys", n_ids);
+    mass_of_queries sum = {session, positions, from, per_head};
+    kvl_attention_path path;
+    kvl_forward_batch batch = batch_of(session, positions, n, &path);
+    batch.on_queries = add_mass;
+    batch.context = &sum;
+    const kvl_status status = kvl_forward_run(session->engine->forward, &batch, error);
+    for (uint32_t i = 0; i < n_ids; i++) {
+        mass[i] = 0.0F;
+        for (uint32_t h = 0; h < n_heads; h++) mass[i] += per_head[(size_t)h * n_ids + i];
+    }
+    kvl_free(per_head);
+    return status;
 }
 
 uint32_t kvl_session_n_tokens(const kvl_session *session)
@@ -228,4 +283,77 @@ void kvl_session_place(kvl_session *session, const kvl_placement *placement)
                                                    kv->values + at, session->scratch, NULL);
         KVL_ASSERT(status == KVL_OK);
     }
+}
+
+/* ---- deviation ---- */
+
+enum { CHECK_LAYER = 1 };
+
+static bool stop_at_check_layer(void *context, uint32_t layer, uint32_t row_first, uint32_t n_rows)
+{
+    (void)context;
+    (void)row_first;
+    (void)n_rows;
+    return layer == CHECK_LAYER;
+}
+
+/* Rows of the check layer: keys, then values, [n][n_kv_heads][head_dim] each. */
+static void read_check_layer(kvl_session *session, const uint32_t *positions, uint32_t n,
+                             uint32_t *slots, float *rows)
+{
+    const kvl_model_shape *shape = session->engine->shape;
+    for (uint32_t i = 0; i < n; i++) slots[i] = kvl_session_slot(session, positions[i]);
+    const kvl_place_tokens_view tokens = {n, positions, slots};
+    const kvl_place_target target = target_of(session);
+    const kvl_status status =
+        kvl_extract_tokens(&target, CHECK_LAYER, &tokens, rows,
+                           rows + (size_t)n * shape->n_kv_heads * shape->head_dim, NULL);
+    KVL_ASSERT(status == KVL_OK);
+}
+
+/* One cut of the forward pass: a walk that stops ends all of its cuts. */
+static kvl_status deviate(kvl_session *session, const uint32_t *positions, uint32_t n,
+                          float *before, float *after, float *deviation, kvl_error *error)
+{
+    const size_t width =
+        (size_t)session->engine->shape->n_kv_heads * session->engine->shape->head_dim;
+    read_check_layer(session, positions, n, session->slots, before);
+    kvl_attention_path path;
+    kvl_forward_batch batch = batch_of(session, positions, n, &path);
+    batch.after_layer = stop_at_check_layer;
+    const kvl_status status = kvl_forward_run(session->engine->forward, &batch, error);
+    if (status != KVL_ERR_CANCELLED && status != KVL_OK) return status;
+    read_check_layer(session, positions, n, session->slots, after);
+    for (uint32_t i = 0; i < n; i++) {
+        float sum = 0.0F;
+        for (size_t half = 0; half < 2; half++) {
+            const size_t at = (half * n + i) * width;
+            for (size_t d = 0; d < width; d++) {
+                const float away = after[at + d] - before[at + d];
+                sum += away * away;
+            }
+        }
+        deviation[positions[i]] = sum;
+    }
+    return KVL_OK;
+}
+
+kvl_status kvl_session_deviation(kvl_session *session, const uint32_t *positions, uint32_t n,
+                                 float *deviation, kvl_error *error)
+{
+    memset(deviation, 0, session->n_ids * sizeof *deviation);
+    const size_t width =
+        (size_t)session->engine->shape->n_kv_heads * session->engine->shape->head_dim;
+    float *rows = kvl_alloc_zero(4 * KVL_FORWARD_ROWS_MAX * width, sizeof *rows);
+    if (rows == NULL)
+        return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to compare %u tokens", n);
+    kvl_status status = KVL_OK;
+    for (uint32_t first = 0; first < n && status == KVL_OK; first += KVL_FORWARD_ROWS_MAX) {
+        const uint32_t left = n - first;
+        status = deviate(session, positions + first,
+                         left < KVL_FORWARD_ROWS_MAX ? left : KVL_FORWARD_ROWS_MAX, rows,
+                         rows + 2 * KVL_FORWARD_ROWS_MAX * width, deviation, error);
+    }
+    kvl_free(rows);
+    return status;
 }

@@ -12,6 +12,7 @@ kvl_plan_options kvl_plan_default_options(void)
         .reuse = true,
         .anchors = true,
         .all_or_nothing = true,
+        .blend_share = 0.2,
         .short_text_tokens = 48,
     };
 }
@@ -23,6 +24,7 @@ const char *kvl_action_name(kvl_action action)
     case KVL_ACTION_SHARE: return "share";
     case KVL_ACTION_PLACE: return "place";
     case KVL_ACTION_OFFSET: return "offset";
+    case KVL_ACTION_BLEND: return "blend";
     }
     return "unknown";
 }
@@ -86,11 +88,20 @@ static void choose_slot(const plan_walk *w, const kvl_plan_part *part, uint32_t 
         choose(step, KVL_ACTION_COMPUTE, "cheaper to compute than to load");
         return;
     }
-    if (!o->anchors) {
+    if (!o->anchors && !o->blend) {
         choose(step, KVL_ACTION_PLACE, "anchors are off");
         return;
     }
-    if (part->verdict == KVL_ANCHOR_EXACT || part->verdict == KVL_ANCHOR_SHARE) {
+    const bool corrects =
+        o->anchors && (part->verdict == KVL_ANCHOR_EXACT || part->verdict == KVL_ANCHOR_SHARE);
+    if (o->blend && !corrects) {
+        if (place + o->blend_share * compute < compute)
+            choose(step, KVL_ACTION_BLEND, "placed, and its most attended tokens computed again");
+        else
+            choose(step, KVL_ACTION_COMPUTE, "cheaper to compute than to blend");
+        return;
+    }
+    if (corrects) {
         const uint32_t n_anchors = part->n_anchors > 0 ? part->n_anchors : 1;
         if (reuse_ms(w->rates, part, n, n_anchors) < compute) {
             choose(step, KVL_ACTION_OFFSET,
@@ -177,7 +188,8 @@ static void settle(const plan_walk *w, const kvl_plan_part *part, uint32_t n_tai
 {
     const uint32_t keep = part->n_tokens - n_tail;
     if (step->n_shared > keep) step->n_shared = keep;
-    const bool reuses = step->action == KVL_ACTION_PLACE || step->action == KVL_ACTION_OFFSET;
+    const bool reuses = step->action == KVL_ACTION_PLACE || step->action == KVL_ACTION_OFFSET ||
+                        step->action == KVL_ACTION_BLEND;
     step->n_reused = reuses ? keep - step->n_shared : 0;
     step->n_computed = part->n_tokens - step->n_shared - step->n_reused;
     if (part->n_tokens > 0 && step->n_shared == 0 && step->n_reused == 0) {
@@ -192,6 +204,9 @@ static void settle(const plan_walk *w, const kvl_plan_part *part, uint32_t n_tai
     uint32_t n_anchors = 0;
     if (step->action == KVL_ACTION_OFFSET) n_anchors = by->n_anchors > 0 ? by->n_anchors : 1;
     step->cost_ms += reuse_ms(w->rates, part, step->n_reused, n_anchors);
+    if (step->action == KVL_ACTION_BLEND)
+        step->cost_ms += w->options->blend_share *
+                         compute_ms(w->rates, w->before + step->n_shared, step->n_reused);
 }
 
 /* Moves on behind a part. */
@@ -245,6 +260,8 @@ static void add_up(const kvl_plan_part *parts, const kvl_plan_step *steps, size_
         totals->n_computed += steps[i].n_computed;
         if (steps[i].action == KVL_ACTION_OFFSET) {
             totals->n_offset += steps[i].n_reused;
+        } else if (steps[i].action == KVL_ACTION_BLEND) {
+            totals->n_blended += steps[i].n_reused;
         } else {
             totals->n_placed += steps[i].n_reused;
         }

@@ -23,6 +23,7 @@ typedef enum kvl_action {
     KVL_ACTION_SHARE,   /* pages of the exact prefix */
     KVL_ACTION_PLACE,   /* rotate a segment to its position */
     KVL_ACTION_OFFSET,  /* place, then add the anchors' offset */
+    KVL_ACTION_BLEND,   /* place, then compute selected tokens again (reuse/select.h) */
 } kvl_action;
 
 /* "compute", "share", ... Static text. */
@@ -66,6 +67,9 @@ typedef struct kvl_plan_options {
     kvl_quality quality;
     bool reuse;          /* false: compute all, not even the exact prefix is used */
     bool anchors;        /* false: place only, as if no correction were known */
+    bool blend;          /* BALANCED, FAST: a slot that no anchor covers is placed and blended, not
+                            computed and measured, nor placed as it is */
+    double blend_share;  /* of a blended slot's prefill that computing again costs; 0.2 */
     bool all_or_nothing; /* BALANCED: one slot without anchors makes the whole prompt dense beyond
                             the exact prefix, so that its anchors are measured against exact KV;
                             false: they are measured behind whatever KV stands before the slot */
@@ -87,7 +91,7 @@ typedef struct kvl_plan_step {
 } kvl_plan_step;
 
 typedef struct kvl_plan_totals {
-    uint64_t n_tokens, n_shared, n_placed, n_offset, n_computed;
+    uint64_t n_tokens, n_shared, n_placed, n_offset, n_blended, n_computed;
     double cost_ms, compute_ms;
     bool dense; /* all_or_nothing struck */
 } kvl_plan_totals;

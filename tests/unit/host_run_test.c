@@ -122,6 +122,7 @@ typedef struct asked {
     const Kvloom__V1__RunReply *answer;
     Kvloom__V1__Mode mode;
     Kvloom__V1__Quality quality;
+    const char *select; /* NULL: a prompt of a workflow, with anchors */
 } asked;
 
 static kvl_status call(fixture *f, int h, const Kvloom__V1__HostTask *task,
@@ -169,7 +170,8 @@ static Kvloom__V1__HostReply *run(fixture *f, int h, const asked *what)
     }
     for (size_t p = 0; p < n; p++) pointers[p] = &parts[p];
     Kvloom__V1__RunTask task = KVLOOM__V1__RUN_TASK__INIT;
-    task.workflow = (char *)(uintptr_t) "test";
+    task.workflow = (char *)(uintptr_t)(what->select == NULL ? "test" : "");
+    task.select = (char *)(uintptr_t)(what->select == NULL ? "" : what->select);
     task.template_name = (char *)(uintptr_t)names[h];
     task.n_parts = n;
     task.parts = pointers;
@@ -193,7 +195,7 @@ static Kvloom__V1__HostReply *run_both(fixture *f, int h, const char *question,
                                        const Kvloom__V1__RunReply *answer,
                                        Kvloom__V1__Quality quality)
 {
-    asked what = {question, answer, KVLOOM__V1__MODE__MODE_FULL, quality};
+    asked what = {question, answer, KVLOOM__V1__MODE__MODE_FULL, quality, NULL};
     Kvloom__V1__HostReply *full = run(f, h, &what);
     what.mode = KVLOOM__V1__MODE__MODE_REUSE;
     Kvloom__V1__HostReply *reuse = run(f, h, &what);
@@ -317,6 +319,90 @@ static void test_a_lost_segment_is_computed(void **state)
     kvloom__v1__host_reply__free_unpacked(second, NULL);
 }
 
+/* Host one reads and answers; host two has the question and the answer blended. */
+static Kvloom__V1__HostReply *blended(fixture *f, const char *question, const char *select,
+                                      Kvloom__V1__Quality quality)
+{
+    asked what = {question, NULL, KVLOOM__V1__MODE__MODE_REUSE, quality, select};
+    what.mode = KVLOOM__V1__MODE__MODE_FULL;
+    kvloom__v1__host_reply__free_unpacked(run(f, 0, &what), NULL);
+    what.mode = KVLOOM__V1__MODE__MODE_REUSE;
+    Kvloom__V1__HostReply *first = run(f, 0, &what);
+    what.answer = first->run;
+    what.mode = KVLOOM__V1__MODE__MODE_FULL;
+    Kvloom__V1__HostReply *full = run(f, 1, &what);
+    what.mode = KVLOOM__V1__MODE__MODE_REUSE;
+    Kvloom__V1__HostReply *reply = run(f, 1, &what);
+    if (reply->run->verified) {
+        assert_int_equal(reply->run->n_tokens, full->run->n_tokens);
+        for (size_t i = 0; i < full->run->n_tokens; i++)
+            assert_int_equal(reply->run->tokens[i], full->run->tokens[i]);
+        assert_int_equal(reply->run->wrong_tokens, 0);
+    }
+    kvloom__v1__host_reply__free_unpacked(first, NULL);
+    kvloom__v1__host_reply__free_unpacked(full, NULL);
+    return reply;
+}
+
+static uint32_t count_blended(const Kvloom__V1__HostReply *reply)
+{
+    uint32_t n = 0;
+    for (size_t p = 0; p < reply->run->n_parts; p++) n += reply->run->parts[p]->blended;
+    return n;
+}
+
+/* What is recomputed is what the policy says, and everything recomputed in order is a full prefill,
+ * to the last bit: the placed KV leaves no trace. */
+static void test_blending_recomputes_what_it_says(void **state)
+{
+    fixture *f = *state;
+    const Kvloom__V1__Quality balanced = KVLOOM__V1__QUALITY__QUALITY_BALANCED;
+    Kvloom__V1__HostReply *reply = blended(f, questions[0], "none", balanced);
+    const uint32_t n = count_blended(reply);
+    assert_true(n > ANSWER);
+    assert_false(reply->run->exact);
+    assert_int_equal(reply->run->recomputed, 0);
+    assert_true(reply->run->evaluation->kl > 0);
+    kvloom__v1__host_reply__free_unpacked(reply, NULL);
+
+    reply = blended(f, questions[1], "sink8+query10", balanced);
+    const uint32_t sinks = 8 + (ANSWER < 8 ? ANSWER : 8);
+    assert_int_equal(reply->run->recomputed, sinks + count_blended(reply) / 10);
+    assert_false(reply->run->verified);
+    kvloom__v1__host_reply__free_unpacked(reply, NULL);
+
+    reply = blended(f, questions[2], "deviation15", balanced);
+    assert_int_equal(reply->run->recomputed, count_blended(reply) * 15 / 100);
+    kvloom__v1__host_reply__free_unpacked(reply, NULL);
+
+    reply = blended(f, "Another question altogether, which nobody has asked before this one", "all",
+                    balanced);
+    assert_int_equal(reply->run->recomputed, count_blended(reply));
+    assert_true(reply->run->evaluation->kl == 0.0);
+    kvloom__v1__host_reply__free_unpacked(reply, NULL);
+}
+
+/* With random weights approximate KV answers anything; verified answers are full prefill's. */
+static void test_verified_answers_are_exact(void **state)
+{
+    fixture *f = *state;
+    uint32_t n_corrected = 0;
+    for (int i = 0; i < 12; i++) {
+        char question[96];
+        (void)snprintf(question, sizeof question,
+                       "Question %d of many, each of them with another number: %d", i, i * 7919);
+        Kvloom__V1__HostReply *reply =
+            blended(f, question, "none", KVLOOM__V1__QUALITY__QUALITY_VERIFIED);
+        assert_true(count_blended(reply) > 0);
+        assert_true(reply->run->verified);
+        assert_true(reply->run->evaluation->kl < 1e-6);
+        n_corrected += reply->run->corrected;
+        kvloom__v1__host_reply__free_unpacked(reply, NULL);
+    }
+    /* Otherwise nothing was tested. */
+    assert_true(n_corrected > 0);
+}
+
 static void test_bad_tasks_are_refused(void **state)
 {
     fixture *f = *state;
@@ -351,6 +437,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_the_same_prompt_again_is_shared, setup, teardown),
         cmocka_unit_test_setup_teardown(test_exact_never_approximates, setup, teardown),
         cmocka_unit_test_setup_teardown(test_a_lost_segment_is_computed, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_blending_recomputes_what_it_says, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_verified_answers_are_exact, setup, teardown),
         cmocka_unit_test_setup_teardown(test_bad_tasks_are_refused, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

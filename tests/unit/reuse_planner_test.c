@@ -345,12 +345,15 @@ static void check_step(const kvl_plan_options *options, const kvl_plan_part *par
     /* Nothing is chosen that costs more than computing it. */
     assert_true(step->cost_ms <= step->compute_ms * (1.0 + 1e-12));
     if (step->n_reused > 0) {
-        assert_true(step->action == KVL_ACTION_PLACE || step->action == KVL_ACTION_OFFSET);
+        assert_true(step->action == KVL_ACTION_PLACE || step->action == KVL_ACTION_OFFSET ||
+                    step->action == KVL_ACTION_BLEND);
+        if (step->action == KVL_ACTION_BLEND) assert_true(options->blend);
         assert_int_not_equal(part->where, KVL_SEGMENT_NOWHERE);
         assert_true(options->reuse && options->quality != KVL_QUALITY_EXACT);
         if (step->action == KVL_ACTION_OFFSET) assert_true(options->anchors);
         if (step->action == KVL_ACTION_PLACE) {
             assert_true(!options->anchors || options->quality == KVL_QUALITY_FAST);
+            if (part->kind == KVL_PART_SLOT) assert_false(options->blend);
         }
     }
     if (step->measure) {
@@ -378,6 +381,8 @@ static void test_any_prompt_adds_up(void **state)
             .anchors = kvl_test_below(&random, 4) != 0,
             .all_or_nothing = kvl_test_below(&random, 2) == 0,
             .short_text_tokens = kvl_test_below(&random, 100),
+            .blend = kvl_test_below(&random, 3) == 0,
+            .blend_share = 0.2,
         };
         kvl_plan_make(&options, &rates, parts, n, steps, &totals);
         bool in_prefix = options.reuse, slot_seen = false;
@@ -396,9 +401,39 @@ static void test_any_prompt_adds_up(void **state)
         }
         if (last != NULL) assert_true(last->n_computed >= 1);
         assert_int_equal(totals.n_tokens, n_tokens);
-        assert_int_equal(totals.n_placed + totals.n_offset, n_reused);
+        assert_int_equal(totals.n_placed + totals.n_offset + totals.n_blended, n_reused);
         assert_int_equal(totals.n_shared + n_reused + totals.n_computed, n_tokens);
     }
+}
+
+/* Chunks that no anchor covers are blended; a slot with anchors is corrected all the same, and
+ * nothing makes the prompt dense. */
+static void test_blending_covers_what_anchors_do_not(void **state)
+{
+    (void)state;
+    kvl_plan_options options = kvl_plan_default_options();
+    options.blend = true;
+    kvl_plan_step steps[4];
+    kvl_plan_totals totals;
+    const kvl_plan_part parts[4] = {text(100), slot(200, KVL_ANCHOR_TOO_FEW),
+                                    slot(300, KVL_ANCHOR_SHARE), text(30)};
+    kvl_plan_make(&options, &rates, parts, 4, steps, &totals);
+    assert_false(totals.dense);
+    assert_int_equal(steps[1].action, KVL_ACTION_BLEND);
+    assert_int_equal(steps[2].action, KVL_ACTION_OFFSET);
+    assert_int_equal(totals.n_blended, 200);
+    assert_false(steps[1].measure);
+    options.anchors = false;
+    kvl_plan_make(&options, &rates, parts, 4, steps, &totals);
+    assert_int_equal(totals.n_blended, 500);
+    options.quality = KVL_QUALITY_EXACT;
+    kvl_plan_make(&options, &rates, parts, 4, steps, &totals);
+    assert_int_equal(totals.n_blended, 0);
+    /* Blending that costs more than the prefill it saves is no use. */
+    options.quality = KVL_QUALITY_BALANCED;
+    options.blend_share = 1.0;
+    kvl_plan_make(&options, &rates, parts, 4, steps, &totals);
+    assert_int_equal(totals.n_blended, 0);
 }
 
 static void test_actions_have_names(void **state)
@@ -408,6 +443,7 @@ static void test_actions_have_names(void **state)
     assert_string_equal(kvl_action_name(KVL_ACTION_SHARE), "share");
     assert_string_equal(kvl_action_name(KVL_ACTION_PLACE), "place");
     assert_string_equal(kvl_action_name(KVL_ACTION_OFFSET), "offset");
+    assert_string_equal(kvl_action_name(KVL_ACTION_BLEND), "blend");
     assert_string_equal(kvl_action_name((kvl_action)77), "unknown");
 }
 
@@ -427,6 +463,7 @@ int main(void)
         cmocka_unit_test(test_sharing_ends_with_the_first_part_that_is_not_whole),
         cmocka_unit_test(test_last_token_is_computed),
         cmocka_unit_test(test_any_prompt_adds_up),
+        cmocka_unit_test(test_blending_covers_what_anchors_do_not),
         cmocka_unit_test(test_actions_have_names),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,0 +1,115 @@
+/* reuse/select.c: unites what the parts of a policy ask for. */
+#include "reuse/select.h"
+
+#include "base/alloc.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+const kvl_select_policy kvl_select_policies[] = {
+    {"none", 0, KVL_SELECT_NO_SCORE, 0.0F, 1},
+    {"sink8", 8, KVL_SELECT_NO_SCORE, 0.0F, 1},
+    {"sink16", 16, KVL_SELECT_NO_SCORE, 0.0F, 1},
+    {"query5", 0, KVL_SELECT_QUERY_ATTENTION, 0.05F, 9},
+    {"query10", 0, KVL_SELECT_QUERY_ATTENTION, 0.10F, 9},
+    {"sink8+query10", 8, KVL_SELECT_QUERY_ATTENTION, 0.10F, 9},
+    {"sink8+query25", 8, KVL_SELECT_QUERY_ATTENTION, 0.25F, 9},
+    {"deviation15", 0, KVL_SELECT_DEVIATION, 0.15F, 1},
+    {"all", 0, KVL_SELECT_QUERY_ATTENTION, 1.0F, 1},
+    {0},
+};
+
+const kvl_select_policy *kvl_select_find(const char *name)
+{
+    for (const kvl_select_policy *p = kvl_select_policies; p->name != NULL; p++) {
+        if (strcmp(p->name, name) == 0) return p;
+    }
+    return NULL;
+}
+
+typedef struct candidate {
+    float score;
+    uint32_t position;
+    bool is_chosen;
+} candidate;
+
+/* Highest first; what is no number last; among equals the lower position. */
+static int compare_scores(const void *a, const void *b)
+{
+    const candidate *left = a;
+    const candidate *right = b;
+    const bool left_is_number = left->score == left->score;
+    const bool right_is_number = right->score == right->score;
+    if (left_is_number != right_is_number) return left_is_number ? -1 : 1;
+    if (left_is_number && left->score != right->score) return left->score > right->score ? -1 : 1;
+    return (left->position > right->position) - (left->position < right->position);
+}
+
+static int compare_positions(const void *a, const void *b)
+{
+    const uint32_t left = *(const uint32_t *)a;
+    const uint32_t right = *(const uint32_t *)b;
+    return (left > right) - (left < right);
+}
+
+/* The highest score of the tokens of a run around one of them. */
+static float pooled(const kvl_select_policy *policy, const kvl_select_run *run, const float *scores,
+                    uint32_t position)
+{
+    const uint32_t reach = policy->pool_width / 2;
+    const uint32_t past = run->first + run->n;
+    const uint32_t from = position - run->first > reach ? position - reach : run->first;
+    const uint32_t to = past - position > reach ? position + reach + 1 : past;
+    float highest = scores[from];
+    for (uint32_t p = from + 1; p < to; p++) {
+        if (!(scores[p] <= highest)) highest = scores[p];
+    }
+    return highest;
+}
+
+static void fill(const kvl_select_policy *policy, const kvl_select_run *runs, size_t n_runs,
+                 const float *scores, candidate *candidates)
+{
+    size_t n = 0;
+    for (size_t r = 0; r < n_runs; r++) {
+        for (uint32_t i = 0; i < runs[r].n; i++) {
+            const uint32_t position = runs[r].first + i;
+            candidates[n++] = (candidate){
+                .score = scores == NULL ? 0.0F : pooled(policy, &runs[r], scores, position),
+                .position = position,
+                .is_chosen = i < policy->n_sink,
+            };
+        }
+    }
+}
+
+kvl_status kvl_select_tokens(const kvl_select_policy *policy, const kvl_select_run *runs,
+                             size_t n_runs, const float *scores, uint32_t *chosen,
+                             uint32_t *n_chosen, kvl_error *error)
+{
+    KVL_ASSERT(policy->score == KVL_SELECT_NO_SCORE || scores != NULL);
+    *n_chosen = 0;
+    size_t n = 0;
+    for (size_t r = 0; r < n_runs; r++) n += runs[r].n;
+    if (n == 0) return KVL_OK;
+    candidate *candidates = kvl_alloc_zero(n, sizeof *candidates);
+    if (candidates == NULL)
+        return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to choose among %zu tokens", n);
+    fill(policy, runs, n_runs, scores, candidates);
+    if (policy->score != KVL_SELECT_NO_SCORE) {
+        qsort(candidates, n, sizeof *candidates, compare_scores);
+        /* A token that is a head already takes no place from the others. */
+        size_t left = (size_t)((double)policy->share * (double)n);
+        for (size_t i = 0; i < n && left > 0; i++) {
+            if (candidates[i].is_chosen) continue;
+            candidates[i].is_chosen = true;
+            left--;
+        }
+    }
+    for (size_t i = 0; i < n; i++) {
+        if (candidates[i].is_chosen) chosen[(*n_chosen)++] = candidates[i].position;
+    }
+    qsort(chosen, *n_chosen, sizeof *chosen, compare_positions);
+    kvl_free(candidates);
+    return KVL_OK;
+}

@@ -1,0 +1,53 @@
+/* reuse/select.h: which of the reused tokens are computed again, so that a placed chunk fits into
+ * its prompt.
+ *
+ * A policy is a row of numbers; what it asks for is united. Scores come from whoever has them: the
+ * attention that the question's rows give each key (as in ProphetKV, arXiv:2602.02579), or how far
+ * a key or value is from the one in context (CacheBlend, arXiv:2405.16444, section 4).
+ * Pure: looks nothing up; the same input gives the same choice, ties go to the lower position.
+ * Threads  Safe from any thread. */
+#ifndef KVL_REUSE_SELECT_H
+#define KVL_REUSE_SELECT_H
+
+#include "base/status.h"
+
+typedef enum kvl_select_score {
+    KVL_SELECT_NO_SCORE,
+    KVL_SELECT_QUERY_ATTENTION, /* of the rows behind the last reused token, all layers and heads */
+    KVL_SELECT_DEVIATION,       /* |dK|^2 + |dV|^2 in layer 1 after a pass of all reused tokens */
+} kvl_select_score;
+
+typedef struct kvl_select_policy {
+    const char *name; /* static */
+    uint32_t n_sink;  /* first tokens of every run (EPIC, arXiv:2410.15332): they draw attention
+                         for want of anything before them */
+    kvl_select_score score;
+    float share;         /* of all candidates, by score; 0 .. 1 */
+    uint32_t pool_width; /* a token has the highest score of this many around it, odd; 1: its own */
+} kvl_select_policy;
+
+/* A table of policies, ended by one without name: "none", "sink8", "sink16", "query10",
+ * "sink8+query10" (the default of balanced), "deviation15" (CacheBlend). */
+extern const kvl_select_policy kvl_select_policies[];
+/* NULL where there is none of that name. */
+const kvl_select_policy *kvl_select_find(const char *name);
+
+/* Neighbouring positions whose KV was placed. */
+typedef struct kvl_select_run {
+    uint32_t first, n;
+} kvl_select_run;
+
+/* Chooses among the tokens of the runs.
+ * runs       [n_runs], ascending, not overlapping
+ * scores     by position, of every position of the runs; NULL where the policy wants none
+ * chosen     the caller's, room for all tokens of the runs: the chosen positions, ascending
+ * *n_chosen  how many
+ * Pooling does not cross the end of a run. share is of all tokens of all runs together, rounded
+ * down; what n_sink takes does not count against it.
+ * Errors     KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status kvl_select_tokens(const kvl_select_policy *policy,
+                                          const kvl_select_run *runs, size_t n_runs,
+                                          const float *scores, uint32_t *chosen, uint32_t *n_chosen,
+                                          kvl_error *error);
+
+#endif /* KVL_REUSE_SELECT_H */
