@@ -2,6 +2,7 @@
  * prompt once in full and once with reuse. */
 #include "base/alloc.h"
 #include "cli/demo.h"
+#include "cli/task.h"
 
 #include <argp.h>
 #include <stdlib.h>
@@ -82,15 +83,6 @@ static error_t parse(int key, char *text, struct argp_state *state)
     }
 }
 
-/* The data of the build's source tree, or of an installation. */
-static const char *find_data(void)
-{
-    const char *wanted = getenv("KVLOOM_DATA");
-    if (wanted != NULL) return wanted;
-    if (access(KVL_DATA_SOURCE "/workflow.json", R_OK) == 0) return KVL_DATA_SOURCE;
-    return KVL_DATA_INSTALLED;
-}
-
 static void free_cells(demo *d)
 {
     for (uint32_t r = 0; r < DEMO_ROUNDS_MAX; r++) {
@@ -105,8 +97,8 @@ static void free_cells(demo *d)
 static kvl_status run(demo *d, kvl_error *error)
 {
     const demo_options *wanted = d->options;
-    KVL_TRY(
-        demo_workflow_load(wanted->data == NULL ? find_data() : wanted->data, &d->workflow, error));
+    KVL_TRY(demo_workflow_load(wanted->data == NULL ? kvl_cli_data_directory() : wanted->data,
+                               &d->workflow, error));
     if (wanted->n_agents > d->workflow.n_agents)
         return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "the workflow has %zu agents, not %u",
                         d->workflow.n_agents, wanted->n_agents);

@@ -1,7 +1,7 @@
 /* cli/cmd_explain.c: `kvloom explain`: asks a running host how it would have each part of a prompt.
  */
 #include "base/alloc.h"
-#include "cli/cli.h"
+#include "cli/task.h"
 #include "exchange/exchange.h"
 #include "host.pb-c.h"
 
@@ -94,21 +94,18 @@ static kvl_status build_prompt(const json_t *list, prompt *made, kvl_error *erro
     return KVL_OK;
 }
 
-static kvl_status ask(const arguments *wanted, const prompt *made, Kvloom__V1__HostReply **reply,
+static kvl_status ask(const arguments *wanted, const prompt *made, Kvloom__V1__RunReply **reply,
                       kvl_error *error)
 {
     const kvl_clock *clock = kvl_clock_system();
     const kvl_exchange_options about = {
         .name = "explain", .peers = &wanted->host, .n_peers = 1, .clock = clock};
     Kvloom__V1__RunTask run = KVLOOM__V1__RUN_TASK__INIT;
-    Kvloom__V1__HostTask task = KVLOOM__V1__HOST_TASK__INIT;
     run.workflow = (char *)(uintptr_t)wanted->workflow;
     run.template_name = (char *)(uintptr_t) "messages";
     run.mode = KVLOOM__V1__MODE__MODE_PLAN;
     run.n_parts = made->n;
     run.parts = (Kvloom__V1__PromptPart **)(uintptr_t)made->pointers;
-    task.what_case = KVLOOM__V1__HOST_TASK__WHAT_RUN;
-    task.run = &run;
     kvl_exchange *exchange = NULL;
     KVL_TRY(kvl_exchange_start(&about, &exchange, error));
     const int64_t start = kvl_clock_now(clock);
@@ -117,27 +114,10 @@ static kvl_status ask(const arguments *wanted, const prompt *made, Kvloom__V1__H
         const struct timespec pause = {0, 5 * KVL_NS_PER_MS};
         (void)nanosleep(&pause, NULL);
     }
-    const size_t n_bytes = kvloom__v1__host_task__get_packed_size(&task);
-    uint8_t *body = kvl_alloc(n_bytes);
-    void *answer = NULL;
-    size_t n_answer = 0;
-    kvl_status status = KVL_OK;
-    if (body == NULL) {
-        status = KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a task");
-    } else {
-        (void)kvloom__v1__host_task__pack(&task, body);
-        status = kvl_exchange_call(exchange, wanted->host.name, body, n_bytes,
-                                   kvl_clock_now(clock) + CALL_TIMEOUT_S * KVL_NS_PER_S, &answer,
-                                   &n_answer, error);
-    }
+    const kvl_status status =
+        kvl_cli_call_run(exchange, wanted->host.name, &run, CALL_TIMEOUT_S, reply, error);
     kvl_exchange_stop(exchange);
-    kvl_free(body);
-    if (status != KVL_OK) return status;
-    *reply = kvloom__v1__host_reply__unpack(NULL, n_answer, answer);
-    kvl_free(answer);
-    if (*reply == NULL || (*reply)->what_case != KVLOOM__V1__HOST_REPLY__WHAT_RUN)
-        return KVL_FAIL(error, KVL_ERR_MALFORMED, "the host's reply cannot be read");
-    return KVL_OK;
+    return status;
 }
 
 static void print_plan(const Kvloom__V1__RunReply *plan)
@@ -177,11 +157,11 @@ int kvl_command_explain(int argc, char **argv)
         return KVL_EXIT_FAILED;
     }
     prompt made = {.n = 0};
-    Kvloom__V1__HostReply *reply = NULL;
+    Kvloom__V1__RunReply *reply = NULL;
     kvl_status status = build_prompt(list, &made, &error);
     if (status == KVL_OK) status = ask(&wanted, &made, &reply, &error);
-    if (status == KVL_OK) print_plan(reply->run);
-    if (reply != NULL) kvloom__v1__host_reply__free_unpacked(reply, NULL);
+    if (status == KVL_OK) print_plan(reply);
+    if (reply != NULL) kvloom__v1__run_reply__free_unpacked(reply, NULL);
     json_decref(list);
     return status == KVL_OK ? KVL_EXIT_OK : kvl_cli_fail(&error);
 }

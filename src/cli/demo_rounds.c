@@ -2,6 +2,7 @@
  * answers; each prompt is run in full first, then with reuse, by the same host. */
 #include "base/alloc.h"
 #include "cli/demo.h"
+#include "cli/task.h"
 
 #include <string.h>
 
@@ -12,33 +13,8 @@ static double seconds(const demo *d)
     return (double)(kvl_clock_now(kvl_clock_system()) - d->start_ns) / (double)KVL_NS_PER_S;
 }
 
-/* Sends a task and unpacks the reply, which the caller frees. */
-static kvl_status call(demo *d, size_t host, const Kvloom__V1__HostTask *task, int64_t timeout_s,
-                       Kvloom__V1__HostReply **reply, kvl_error *error)
-{
-    *reply = NULL;
-    const size_t n_bytes = kvloom__v1__host_task__get_packed_size(task);
-    uint8_t *body = kvl_alloc(n_bytes);
-    if (body == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a task");
-    (void)kvloom__v1__host_task__pack(task, body);
-    const int64_t deadline = kvl_clock_now(kvl_clock_system()) + timeout_s * KVL_NS_PER_S;
-    void *answer = NULL;
-    size_t n_answer = 0;
-    const kvl_status status = kvl_exchange_call(d->exchange, d->hosts[host].name, body, n_bytes,
-                                                deadline, &answer, &n_answer, error);
-    kvl_free(body);
-    if (status != KVL_OK) return status;
-    *reply = kvloom__v1__host_reply__unpack(NULL, n_answer, answer);
-    kvl_free(answer);
-    if (*reply == NULL)
-        return KVL_FAIL(error, KVL_ERR_MALFORMED, "the reply of %s cannot be read",
-                        d->hosts[host].name);
-    return KVL_OK;
-}
-
 /* A task with its parts; everything in it is borrowed from the workflow and from replies. */
 typedef struct task {
-    Kvloom__V1__HostTask message;
     Kvloom__V1__RunTask run;
     Kvloom__V1__PromptPart parts[DEMO_PARTS_MAX];
     Kvloom__V1__PromptPart *pointers[DEMO_PARTS_MAX];
@@ -62,10 +38,7 @@ static void fill_slot(const demo *d, uint32_t round, const char *slot, Kvloom__V
 static void build_task(const demo *d, uint32_t round, uint32_t agent, task *made)
 {
     const demo_agent *about = &d->workflow.agents[agent];
-    kvloom__v1__host_task__init(&made->message);
     kvloom__v1__run_task__init(&made->run);
-    made->message.what_case = KVLOOM__V1__HOST_TASK__WHAT_RUN;
-    made->message.run = &made->run;
     for (size_t p = 0; p < about->n_pieces; p++) {
         Kvloom__V1__PromptPart *part = &made->parts[p];
         kvloom__v1__prompt_part__init(part);
@@ -86,23 +59,12 @@ static void build_task(const demo *d, uint32_t round, uint32_t agent, task *made
     made->run.max_tokens = d->options->max_tokens;
 }
 
-/* Runs one mode on one host; the reply's run is taken out of its envelope. */
 static kvl_status run_mode(demo *d, size_t host, task *asked, Kvloom__V1__Mode mode,
                            Kvloom__V1__RunReply **ran, kvl_error *error)
 {
     asked->run.mode = mode;
-    Kvloom__V1__HostReply *reply = NULL;
-    KVL_TRY(call(d, host, &asked->message, CALL_TIMEOUT_S, &reply, error));
-    if (reply->what_case != KVLOOM__V1__HOST_REPLY__WHAT_RUN) {
-        kvloom__v1__host_reply__free_unpacked(reply, NULL);
-        return KVL_FAIL(error, KVL_ERR_MALFORMED, "%s answered something else than a run",
-                        d->hosts[host].name);
-    }
-    *ran = reply->run;
-    reply->run = NULL;
-    reply->what_case = KVLOOM__V1__HOST_REPLY__WHAT__NOT_SET;
-    kvloom__v1__host_reply__free_unpacked(reply, NULL);
-    return KVL_OK;
+    return kvl_cli_call_run(d->exchange, d->hosts[host].name, &asked->run, CALL_TIMEOUT_S, ran,
+                            error);
 }
 
 /* The next host keeps copies of new anchors. It is a kindness, so a failure is only told. */
@@ -119,7 +81,8 @@ static void copy_anchors(demo *d, size_t host, const Kvloom__V1__RunReply *ran)
         message.keep = &keep;
         Kvloom__V1__HostReply *reply = NULL;
         kvl_error error;
-        if (call(d, keeper, &message, KEEP_TIMEOUT_S, &reply, &error) != KVL_OK) {
+        if (kvl_cli_call(d->exchange, d->hosts[keeper].name, &message, KEEP_TIMEOUT_S, &reply,
+                         &error) != KVL_OK) {
             (void)fprintf(stderr, "kvloom: %s keeps no copy of an anchor of %s: %s\n",
                           d->hosts[keeper].name, d->hosts[host].name, error.text);
             continue;

@@ -11,6 +11,7 @@ static const kvl_command commands[] = {
     {"logits", "logits of every token of a text, for comparison", kvl_command_logits},
     {"model", "fetch, list and describe models", kvl_command_model},
     {"explain", "how each part of a prompt would be had", kvl_command_explain},
+    {"eval", "what reuse keeps of full prefill's answers", kvl_command_eval},
     {"bench", "measure this machine: prefill, decode", kvl_command_bench},
     {"version", "print the version", kvl_command_version},
 };

@@ -1,0 +1,38 @@
+/* cli/task.h: what commands that give tasks to hosts share: the call, and a host of their own.
+ * Threads  One thread at a time. */
+#ifndef KVL_CLI_TASK_H
+#define KVL_CLI_TASK_H
+
+#include "cli/cli.h"
+#include "exchange/exchange.h"
+#include "host.pb-c.h"
+
+/* Sends a task and unpacks the reply.
+ * Owns     *reply: ended with kvloom__v1__host_reply__free_unpacked; NULL after an error
+ * Errors   those of kvl_exchange_call; KVL_ERR_MALFORMED, KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status kvl_cli_call(kvl_exchange *exchange, const char *host,
+                                     const Kvloom__V1__HostTask *task, int64_t timeout_s,
+                                     Kvloom__V1__HostReply **reply, kvl_error *error);
+
+/* Sends a run and takes its reply out of the envelope; ended with
+ * kvloom__v1__run_reply__free_unpacked. Errors as above. */
+KVL_MUST_USE kvl_status kvl_cli_call_run(kvl_exchange *exchange, const char *host,
+                                         Kvloom__V1__RunTask *run, int64_t timeout_s,
+                                         Kvloom__V1__RunReply **reply, kvl_error *error);
+
+/* A host in a thread of this process, with a store that goes when it stops, and its client. */
+typedef struct kvl_local_host kvl_local_host;
+
+/* Owns     *host: ended with kvl_local_host_stop
+ * Errors   those of kvl_host_create; KVL_ERR_IO (no temporary directory, no thread) */
+KVL_MUST_USE kvl_status kvl_local_host_start(const kvl_cli_engine *engine, kvl_local_host **host,
+                                             kvl_error *error);
+void kvl_local_host_stop(kvl_local_host *host);
+KVL_MUST_USE kvl_status kvl_local_host_run(kvl_local_host *host, Kvloom__V1__RunTask *run,
+                                           Kvloom__V1__RunReply **reply, kvl_error *error);
+
+/* Where the texts of demo and evaluation are: KVLOOM_DATA, the source tree of this build, or the
+ * place of an installation. */
+const char *kvl_cli_data_directory(void);
+
+#endif /* KVL_CLI_TASK_H */

@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""`kvloom eval reuse --quick --json`: its keys, and what must hold for every prompt.
+
+    python3 tests/integration/eval_contract.py build/release
+
+How well a policy does is not judged here: one prompt of each scenario says nothing about that.
+Exit status 77 where the model is not in the cache."""
+import json
+import os
+import subprocess
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+sys.path.insert(0, os.path.join(ROOT, "tests", "support"))
+import peers  # noqa: E402
+
+MODEL = "smollm2-135m"
+FIGURES = {"em_balanced", "em_fast", "em_verified", "read_full", "read_balanced",
+           "kl_balanced_open", "recomputed_balanced"}
+
+
+def check(report):
+    assert report["name"] == "reuse"
+    assert not FIGURES - set(report["figures"]), FIGURES - set(report["figures"])
+    # Approximation is a head start, never the last word.
+    assert report["figures"]["em_verified"] == 1, report["figures"]
+    assert 0.1 < report["figures"]["recomputed_balanced"] <= 0.16, report["figures"]
+    rows = {(row["scenario"], row["policy"]): row for row in report["rows"]}
+    for (scenario, policy), row in rows.items():
+        if policy == "verified":
+            assert row["kl"] < 1e-6 and row["top1_agreement"] == 1, row
+        if policy == "none":
+            assert row["recomputed"] == 0, row
+            # Something was approximated at all, or nothing is tested here.
+            assert row["kl"] > 1e-4, row
+        if policy not in ("full", "verified"):
+            assert row["recomputed"] <= 0.31, row
+    assert len(rows) == len(report["rows"]) >= 40
+
+
+def main():
+    kvloom = os.path.join(sys.argv[1] if len(sys.argv) > 1 else "build/release", "kvloom")
+    if not os.path.exists(peers.model_path(MODEL)):
+        print(f"{MODEL} is not in the cache: fetch it with kvloom model pull {MODEL}")
+        return 77
+    done = subprocess.run([kvloom, "eval", "reuse", "--quick", "--json", "--model", MODEL],
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=900,
+                          check=False)
+    if done.returncode != 0:
+        print(f"status {done.returncode}")
+        return 1
+    check(json.loads(done.stdout))
+    print("eval reuse: as promised")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
