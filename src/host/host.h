@@ -26,7 +26,7 @@ typedef struct kvl_host_options {
     uint8_t tenant_key[KVL_TENANT_KEY_BYTES];
 } kvl_host_options;
 
-/* Everything off but the sizes: 4 GiB of store, 1 GiB of memory, float16 segments. */
+/* Everything off but the sizes: 4 GiB of store, 1 GiB of memory, int8 segments. */
 kvl_host_options kvl_host_default_options(void);
 
 typedef struct kvl_host kvl_host;
