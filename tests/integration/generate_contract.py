@@ -91,6 +91,22 @@ def check_bench(kvloom, folder):
         assert 0 < fraction < 1.5, fraction
 
 
+def check_bench_attention(kvloom, folder):
+    """Every cell says what it was measured beside; sharing never loses by much, and a tree gains."""
+    report = json.loads(run(kvloom, "bench", "--model", MODEL, "--repeats", "1", "--shape",
+                            "smollm2-135m", "--json", "attention"))
+    cells = [row for row in report["rows"] if "prefix" in row]
+    assert {(row["rows"], row["prefix"]) for row in cells} == {
+        (rows, prefix) for rows in (8, 32, 128) for prefix in (1024, 4096, 8192)}
+    for row in cells:
+        limit = max(row["limit_bytes_ms"], row["limit_operations_ms"])
+        assert abs(row["fraction_of_limit"] - limit / row["shared_ms"]) < 1e-6, row
+        assert row["sgemm_gflops"] > 0 and row["read_gb_per_s"] > 0, row
+    assert report["figures"]["shared_vs_unshared_b32_p8k"] > 1.0, report["figures"]
+    assert report["figures"]["tree_time_saved"] > 0.0, report["figures"]
+    assert 0 < report["figures"]["throughput_drop_1k_16k"] < 1, report["figures"]
+
+
 def main():
     kvloom = os.path.abspath(os.path.join(sys.argv[1] if len(sys.argv) > 1 else "build/release",
                                           "kvloom"))
@@ -99,7 +115,7 @@ def main():
         return 77
     n_failed = 0
     for check in (check_streaming_equals_json, check_messages_equal_prompt, check_tokens_round_trip,
-                  check_bench):
+                  check_bench, check_bench_attention):
         with tempfile.TemporaryDirectory() as folder:
             try:
                 check(kvloom, folder)
