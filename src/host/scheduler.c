@@ -2,7 +2,6 @@
 #include "base/alloc.h"
 #include "host/scheduler_parts.h"
 
-#include <inttypes.h>
 #include <string.h>
 
 enum { RUNNING_DEFAULT = 64, WAITING_DEFAULT = 256, STEP_ROWS_DEFAULT = 256, STEP_ROWS_MIN = 32 };
@@ -94,18 +93,22 @@ static kvl_status check_stops(const kvl_generation *asked, kvl_error *error)
     return KVL_OK;
 }
 
+uint32_t kvl_scheduler_tokens_max(const kvl_engine *engine)
+{
+    const uint64_t n_held = (uint64_t)kvl_page_pool_pages(engine->pool)->n_pages * KVL_PAGE_TOKENS;
+    return n_held < engine->n_positions ? (uint32_t)n_held : engine->n_positions;
+}
+
 static kvl_status check_request(const kvl_scheduler *scheduler, const kvl_generation *asked,
                                 kvl_error *error)
 {
     const kvl_engine *engine = scheduler->engine;
     if (asked->n_ids == 0) return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "the prompt is empty");
-    const uint32_t n_pages = kvl_page_pool_pages(engine->pool)->n_pages;
-    const uint64_t n_held = (uint64_t)n_pages * KVL_PAGE_TOKENS;
-    const uint64_t room = n_held < engine->n_positions ? n_held : engine->n_positions;
+    const uint32_t room = kvl_scheduler_tokens_max(engine);
     if (asked->max_tokens == 0 || (uint64_t)asked->n_ids + asked->max_tokens > room)
         return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE,
                         "a prompt of %u tokens and max_tokens of %u do not fit the context of "
-                        "%" PRIu64 " tokens; shorten the prompt or the answer",
+                        "%u tokens; shorten the prompt or the answer",
                         asked->n_ids, asked->max_tokens, room);
     for (uint32_t i = 0; i < asked->n_ids; i++) {
         if (asked->ids[i] >= engine->shape->n_vocab)

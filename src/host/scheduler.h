@@ -96,6 +96,10 @@ KVL_MUST_USE kvl_status kvl_scheduler_create(kvl_engine *engine,
 /* Ends what runs without telling it. NULL does nothing. */
 void kvl_scheduler_destroy(kvl_scheduler *scheduler);
 
+/* Tokens that a prompt and its answer may have together: the context, or what all pages hold. Never
+ * changes. Any thread. */
+uint32_t kvl_scheduler_tokens_max(const kvl_engine *engine);
+
 /* Queues a request; events come from later steps. *id names it for cancelling.
  * Errors   KVL_ERR_OUT_OF_RANGE (an empty prompt, more than the context or all pages hold, an
  *          option of sampling), KVL_ERR_TOO_LARGE (stop texts), KVL_ERR_BUSY (as many wait as may),
