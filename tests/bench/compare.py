@@ -2,6 +2,7 @@
 """KVLoom and its peers alternately, in one session on one machine.
 
     python3 tests/bench/compare.py prefill decode --json [--quick] [--model smollm2-135m]
+    python3 tests/bench/compare.py serve --json            (by itself: compare_serve.py)
 
 Same GGUF file, same number of threads. A round measures ours once and each peer once; a peer's
 process is stopped (SIGSTOP) while another runs. Figures are ratios of median tokens per second,
@@ -21,6 +22,7 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path.insert(0, os.path.join(ROOT, "tests", "support"))
+import compare_serve  # noqa: E402
 import peers  # noqa: E402
 
 # name: (kind, tokens, peer), in the order they are measured
@@ -148,7 +150,8 @@ def report_of(arguments, figures, seen, engines, machine):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="+", choices=sorted(FIGURES), metavar="prefill|decode")
+    parser.add_argument("names", nargs="+", choices=[*sorted(FIGURES), "serve"],
+                        metavar="prefill|decode|serve")
     parser.add_argument("--json", action="store_true", help="one JSON object (it is always one)")
     parser.add_argument("--quick", action="store_true", help="one round, under a minute")
     parser.add_argument("--rounds", type=int, default=5)
@@ -160,13 +163,19 @@ def main():
     model = peers.model_path(arguments.model)
     if not os.path.exists(model):
         raise SystemExit(f"{model} is not there; fetch it with: kvloom model pull {arguments.model}")
-    figures = [figure for name in dict.fromkeys(arguments.names) for figure in FIGURES[name]]
+    if "serve" in arguments.names and len(arguments.names) > 1:
+        parser.error("serve is measured by itself")
+    figures = [figure for name in dict.fromkeys(arguments.names)
+               for figure in FIGURES.get(name, [])]
     machine = describe_machine(arguments.threads)
     if machine["load_at_start"] > 0.5:
         peers.say(f"load is {machine['load_at_start']:.1f}: other programs run, and the ratios are "
                   "worth little")
     # Ended by a time limit, peers must be ended too: a stopped process would stay for ever.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    if arguments.names == ["serve"]:
+        print(json.dumps(compare_serve.run(arguments, model, machine), indent=2))
+        return 0
     engines = {}
     try:
         for name in dict.fromkeys(figure[3] for figure in figures):

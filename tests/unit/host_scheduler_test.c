@@ -20,9 +20,9 @@
 
 enum {
     CONTEXT = 256,
-    N_PAGES = 40, /* two and a half contexts: many mixes do not fit */
+    N_PAGES = 22, /* less than a context and a half: many mixes do not fit */
     PROMPT_MAX = 120,
-    ANSWER_MAX = 40,
+    ANSWER_MAX = 90,
     MIXES = 200,
     REQUESTS_MAX = 12,
     BRANCHES = 4,
@@ -46,7 +46,7 @@ static int setup(void **state)
     assert_true(fd >= 0);
     (void)close(fd);
     kvl_tiny_gguf_save(&options, f.path);
-    const kvl_engine_options wanted = {.model_path = f.path, .n_threads = 2, .n_pages = N_PAGES};
+    const kvl_engine_options wanted = {.model_path = f.path, .n_threads = 1, .n_pages = N_PAGES};
     kvl_error error = {0};
     if (kvl_engine_create(&wanted, &f.engine, &error) != KVL_OK) fail_msg("%s", error.text);
     f.logits = kvl_alloc(KVL_TINY_VOCABULARY * sizeof(float));
@@ -228,7 +228,7 @@ static void test_200_mixes_answer_as_each_alone(void **state)
         for (uint32_t i = 0; i < n; i++) assert_same_tokens(f, &all[i]);
     }
     /* Otherwise the mixes were not what this test is about. */
-    assert_true(n_paused > 0);
+    assert_true(n_paused > 10);
     assert_true(n_cached > 0);
 }
 
