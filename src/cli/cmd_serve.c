@@ -234,22 +234,13 @@ static kvl_status serve_http(arguments *wanted, stopped *waited, kvl_error *erro
     return status;
 }
 
-/* "smollm2-135m" of the name, or of "/models/smollm2-135m.gguf". */
-static void name_model(const char *model, char *name, size_t n_max)
-{
-    const char *slash = strrchr(model, '/');
-    (void)snprintf(name, n_max, "%s", slash == NULL ? model : slash + 1);
-    char *ending = strstr(name, ".gguf");
-    if (ending != NULL) *ending = '\0';
-}
-
 static kvl_status serve(arguments *wanted, stopped *waited, kvl_error *error)
 {
     char path[PATH_MAX];
-    char name[128];
+    char name[KVL_MODEL_NAME_MAX];
     const char *model = wanted->engine.model == NULL ? "smollm2-135m" : wanted->engine.model;
     KVL_TRY(kvl_models_find(model, path, error));
-    name_model(model, name, sizeof name);
+    kvl_cli_name_model(model, name);
     if (wanted->http.model_name == NULL) wanted->http.model_name = name;
     wanted->host.engine.model_path = path;
     wanted->host.engine.n_threads = wanted->engine.n_threads;

@@ -61,19 +61,20 @@ typedef struct kvl_api_answer {
 } kvl_api_answer;
 
 void kvl_api_answer_deinit(kvl_api_answer *answer);
-/* Adds an item to what an answer has come to. False without memory. */
+/* Adds an event to what an answer has come to. False without memory. */
 KVL_MUST_USE bool kvl_api_answer_add(kvl_api_answer *answer, const kvl_api_request *request,
-                                     const kvl_tokenizer *tokenizer, const kvl_stream_item *item);
+                                     const kvl_tokenizer *tokenizer,
+                                     const kvl_generation_event *event);
 
 /* The whole answer. The caller's. */
 json_t *kvl_api_whole(const kvl_api_request *request, const kvl_api_answer *answer);
 /* Chunks of a stream, the caller's; kvl_api_answer_add comes first.
  * opening   the role of a chat's answer, for one choice
- * piece     an item's text, or its finish; NULL where there is nothing to say
+ * piece     an event's text, or its finish; NULL where there is nothing to say
  * usage     the last, without choices */
 json_t *kvl_api_opening(const kvl_api_request *request, uint32_t choice);
 json_t *kvl_api_piece(const kvl_api_request *request, const kvl_tokenizer *tokenizer,
-                      const kvl_stream_item *item);
+                      const kvl_generation_event *event);
 json_t *kvl_api_usage(const kvl_api_request *request, const kvl_api_answer *answer);
 
 #endif /* KVL_HTTP_API_H */

@@ -106,32 +106,32 @@ static bool add_text(kvl_api_choice *choice, const char *text, size_t n_bytes)
 }
 
 static json_t *entry_of(const kvl_api_request *request, const kvl_tokenizer *tokenizer,
-                        const kvl_stream_item *item)
+                        const kvl_generation_event *event)
 {
-    return request->is_chat ? chat_entry(tokenizer, &item->drawn)
-                            : text_entry(tokenizer, &item->drawn);
+    return request->is_chat ? chat_entry(tokenizer, event->drawn)
+                            : text_entry(tokenizer, event->drawn);
 }
 
 /* A token that ends the answer is drawn and not shown: nobody is told of its logprob. */
-static bool has_entry(const kvl_api_request *request, const kvl_stream_item *item)
+static bool has_entry(const kvl_api_request *request, const kvl_generation_event *event)
 {
-    return request->generation.sampling.with_logprobs && item->has_token &&
-           !(item->finish == KVL_FINISH_STOP && item->n_text_bytes == 0);
+    return request->generation.sampling.with_logprobs && event->drawn != NULL &&
+           !(event->finish == KVL_FINISH_STOP && event->n_text_bytes == 0);
 }
 
 bool kvl_api_answer_add(kvl_api_answer *answer, const kvl_api_request *request,
-                        const kvl_tokenizer *tokenizer, const kvl_stream_item *item)
+                        const kvl_tokenizer *tokenizer, const kvl_generation_event *event)
 {
-    KVL_ASSERT(item->branch < KVL_BRANCHES_MAX);
-    kvl_api_choice *choice = &answer->choices[item->branch];
-    choice->n_tokens = item->n_tokens;
-    if (item->finish != KVL_FINISH_NONE) choice->finish = item->finish;
-    answer->n_cached = item->n_cached;
+    KVL_ASSERT(event->branch < KVL_BRANCHES_MAX);
+    kvl_api_choice *choice = &answer->choices[event->branch];
+    choice->n_tokens = event->n_tokens;
+    if (event->finish != KVL_FINISH_NONE) choice->finish = event->finish;
+    answer->n_cached = event->n_cached;
     if (request->is_stream) return true;
-    if (!add_text(choice, item->text, item->n_text_bytes)) return false;
-    if (!has_entry(request, item)) return true;
+    if (!add_text(choice, event->text, event->n_text_bytes)) return false;
+    if (!has_entry(request, event)) return true;
     if (choice->logprobs == NULL) choice->logprobs = json_array();
-    return json_array_append_new(choice->logprobs, entry_of(request, tokenizer, item)) == 0;
+    return json_array_append_new(choice->logprobs, entry_of(request, tokenizer, event)) == 0;
 }
 
 /* ---- JSON ---- */
@@ -209,25 +209,25 @@ json_t *kvl_api_opening(const kvl_api_request *request, uint32_t choice)
 }
 
 json_t *kvl_api_piece(const kvl_api_request *request, const kvl_tokenizer *tokenizer,
-                      const kvl_stream_item *item)
+                      const kvl_generation_event *event)
 {
-    const bool with_entry = has_entry(request, item);
-    if (item->n_text_bytes == 0 && item->finish == KVL_FINISH_NONE && !with_entry) return NULL;
+    const bool with_entry = has_entry(request, event);
+    if (event->n_text_bytes == 0 && event->finish == KVL_FINISH_NONE && !with_entry) return NULL;
     json_t *entries = NULL;
     if (with_entry) {
         entries = json_array();
-        (void)json_array_append_new(entries, entry_of(request, tokenizer, item));
+        (void)json_array_append_new(entries, entry_of(request, tokenizer, event));
     }
     json_t *choice =
-        json_pack("{s:i, s:o, s:s?}", "index", (int)item->branch, "logprobs",
-                  logprobs_json(request, entries), "finish_reason", finish_names[item->finish]);
+        json_pack("{s:i, s:o, s:s?}", "index", (int)event->branch, "logprobs",
+                  logprobs_json(request, entries), "finish_reason", finish_names[event->finish]);
     json_decref(entries);
-    json_t *text = json_stringn(item->text, item->n_text_bytes);
+    json_t *text = json_stringn(event->text, event->n_text_bytes);
     if (!request->is_chat) {
         (void)json_object_set_new(choice, "text", text);
     } else {
         json_t *delta = json_object();
-        if (item->n_text_bytes > 0) {
+        if (event->n_text_bytes > 0) {
             (void)json_object_set_new(delta, "content", text);
         } else {
             json_decref(text);

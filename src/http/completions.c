@@ -77,6 +77,24 @@ static void error_of(const kvl_stream_item *item, kvl_api_error *error)
                                                 : item->error_text);
 }
 
+static kvl_generation_event event_of(const kvl_stream_item *item)
+{
+    return (kvl_generation_event){.branch = item->branch,
+                                  .drawn = item->has_token ? &item->drawn : NULL,
+                                  .text = item->text,
+                                  .n_text_bytes = item->n_text_bytes,
+                                  .finish = item->finish,
+                                  .n_tokens = item->n_tokens,
+                                  .n_cached = item->n_cached,
+                                  .is_last = item->is_last};
+}
+
+static bool add_to_answer(exchange *e, const kvl_stream_item *item)
+{
+    const kvl_generation_event event = event_of(item);
+    return kvl_api_answer_add(&e->answer, &e->request, tokenizer_of(e), &event);
+}
+
 static bool is_bad(const kvl_stream_item *item)
 {
     return item->finish == KVL_FINISH_FAILED || item->finish == KVL_FINISH_CANCELLED;
@@ -93,7 +111,7 @@ static enum MHD_Result answer_whole(exchange *e, kvl_http_route route)
         if (item == NULL) return MHD_NO; /* the client has gone: nobody reads an answer */
         if (is_bad(item)) {
             error_of(item, &error);
-        } else if (!kvl_api_answer_add(&e->answer, &e->request, tokenizer_of(e), item)) {
+        } else if (!add_to_answer(e, item)) {
             kvl_api_error_from(&error, KVL_ERR_NO_MEMORY, "", "no memory for an answer");
         }
         is_whole = item->is_last;
@@ -155,8 +173,9 @@ static bool add_item(exchange *e, const kvl_stream_item *item)
         e->is_over = true;
         return add_event(e, kvl_api_error_json(&error)) && add_bytes(e, "data: [DONE]\n\n", 14);
     }
-    if (!kvl_api_answer_add(&e->answer, &e->request, tokenizer_of(e), item)) return false;
-    if (!add_event(e, kvl_api_piece(&e->request, tokenizer_of(e), item))) return false;
+    if (!add_to_answer(e, item)) return false;
+    const kvl_generation_event event = event_of(item);
+    if (!add_event(e, kvl_api_piece(&e->request, tokenizer_of(e), &event))) return false;
     return !item->is_last || add_end(e);
 }
 
