@@ -20,6 +20,7 @@ typedef struct kvl_command {
 
 int kvl_command_batch(int argc, char **argv);
 int kvl_command_bench(int argc, char **argv);
+int kvl_command_chat(int argc, char **argv);
 int kvl_command_demo(int argc, char **argv);
 int kvl_command_eval(int argc, char **argv);
 int kvl_command_explain(int argc, char **argv);

@@ -80,22 +80,24 @@ class Server:
             self.process.kill()
 
 
+def start_llamacpp(arguments, model, slots, context):
+    return Server("llamacpp",
+                  [peers.python_of("llamacpp", ["xllamacpp"]),
+                   os.path.join(HERE, "peer_llamacpp_server.py"), model, str(arguments.threads),
+                   str(slots), str(context)],
+                  lambda line: json.loads(line)["address"])
+
+
 def start_servers(arguments, model, slots):
-    context = PREFIX + SUFFIX + ANSWER + 64
     ours = Server("kvloom",
                   [arguments.kvloom, "serve", "--model", model, "--threads", str(arguments.threads),
                    "--http", "127.0.0.1:0", "--answers", str(slots)],
                   lambda line: line[len("listening at "):])
     try:
-        theirs = Server("llamacpp",
-                        [peers.python_of("llamacpp", ["xllamacpp"]),
-                         os.path.join(HERE, "peer_llamacpp_server.py"), model,
-                         str(arguments.threads), str(slots), str(context)],
-                        lambda line: json.loads(line)["address"])
+        return [ours, start_llamacpp(arguments, model, slots, PREFIX + SUFFIX + ANSWER + 64)]
     except BaseException:
         ours.end()
         raise
-    return [ours, theirs]
 
 
 def measure(arguments, model):

@@ -64,6 +64,18 @@ def check_messages_equal_prompt(kvloom, folder):
     assert answers[0]["tokens"] == answers[1]["tokens"] == answers[2]["tokens"]
 
 
+def check_chat_goes_on(kvloom, folder):
+    """The first answer is what `generate` gives; later turns know what was said."""
+    text = "Name three uses of copper."
+    said = subprocess.run([kvloom, "chat", "--model", MODEL, "--max-tokens", "24"], input=text
+                          + "\n\nAnd of tin?\n", capture_output=True, text=True, check=True)
+    alone = run(kvloom, "generate", "--model", MODEL, "--prompt", text, "--max-tokens", "24")
+    assert said.stdout.startswith(alone.decode()), said.stdout
+    known = [line for line in said.stderr.splitlines() if "prompt tokens were known" in line]
+    assert len(known) == 2 and known[0].startswith("[0 of "), known
+    assert int(known[1][1:].split()[0]) >= 32, known
+
+
 def check_tokens_round_trip(kvloom, folder):
     """Every byte comes back, also those that are no UTF-8."""
     text, ids = os.path.join(folder, "text"), os.path.join(folder, "ids")
@@ -114,7 +126,8 @@ def main():
         print(f"{MODEL} is not in the cache: fetch it with kvloom model pull {MODEL}")
         return 77
     n_failed = 0
-    for check in (check_streaming_equals_json, check_messages_equal_prompt, check_tokens_round_trip,
+    for check in (check_streaming_equals_json, check_messages_equal_prompt, check_chat_goes_on,
+                  check_tokens_round_trip,
                   check_bench, check_bench_attention):
         with tempfile.TemporaryDirectory() as folder:
             try:
