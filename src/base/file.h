@@ -39,7 +39,7 @@ typedef struct kvl_line_file {
  * Errors   KVL_ERR_IO */
 KVL_MUST_USE kvl_status kvl_line_file_open(const char *path, kvl_line_file *file, kvl_error *error);
 /* Appends a line and its end; it survives this process, but a power cut only after a sync.
- * Errors   KVL_ERR_IO */
+ * Errors   KVL_ERR_IO, KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status kvl_line_file_add(kvl_line_file *file, const void *line, size_t n_bytes,
                                           kvl_error *error);
 KVL_MUST_USE kvl_status kvl_line_file_sync(kvl_line_file *file, kvl_error *error);
