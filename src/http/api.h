@@ -24,9 +24,16 @@ void kvl_api_error_from(kvl_api_error *error, kvl_status status, const char *par
                         const char *text);
 json_t *kvl_api_error_json(const kvl_api_error *error);
 
+typedef enum kvl_api_kind {
+    KVL_API_CHAT,
+    KVL_API_TEXT,     /* completions */
+    KVL_API_RESPONSE, /* a chat in other words: http/responses.h */
+} kvl_api_kind;
+
 /* One request for completions. */
 typedef struct kvl_api_request {
-    bool is_chat, is_stream, with_usage;
+    kvl_api_kind kind;
+    bool is_chat, is_stream, with_usage; /* is_chat of a response too: it has messages */
     char id[48];
     char cache_salt[129];
     kvl_generation generation; /* ids and stops are those below; salt is the caller's to set */
@@ -37,11 +44,11 @@ typedef struct kvl_api_request {
     const char *model_name; /* borrowed from the server */
 } kvl_api_request;
 
-/* Parses and checks a body [n_bytes] for /v1/chat/completions or /v1/completions.
+/* Parses and checks a body [n_bytes] for /v1/chat/completions, /v1/completions or /v1/responses.
  * Owns     *request: ended with kvl_api_request_deinit, also after a refusal
  * Returns  false when it is refused: *error says why */
 KVL_MUST_USE bool kvl_api_request_parse(const kvl_engine *engine, const char *model_name,
-                                        bool is_chat, const char *body, size_t n_bytes,
+                                        kvl_api_kind kind, const char *body, size_t n_bytes,
                                         kvl_api_request *request, kvl_api_error *error);
 void kvl_api_request_deinit(kvl_api_request *request);
 

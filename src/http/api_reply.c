@@ -127,7 +127,7 @@ bool kvl_api_answer_add(kvl_api_answer *answer, const kvl_api_request *request,
     choice->n_tokens = event->n_tokens;
     if (event->finish != KVL_FINISH_NONE) choice->finish = event->finish;
     answer->n_cached = event->n_cached;
-    if (request->is_stream) return true;
+    if (request->is_stream && request->kind != KVL_API_RESPONSE) return true;
     if (!add_text(choice, event->text, event->n_text_bytes)) return false;
     if (!has_entry(request, event)) return true;
     if (choice->logprobs == NULL) choice->logprobs = json_array();

@@ -4,6 +4,7 @@
 #include "base/clock.h"
 #include "base/random.h"
 #include "http/api.h"
+#include "http/responses.h"
 #include "model/model.h"
 
 #include <inttypes.h>
@@ -438,19 +439,9 @@ static bool take_fields(const kvl_engine *engine, kvl_api_request *request, kvl_
     return true;
 }
 
-bool kvl_api_request_parse(const kvl_engine *engine, const char *model_name, bool is_chat,
-                           const char *body, size_t n_bytes, kvl_api_request *request,
-                           kvl_api_error *error)
+static bool parse_body(const kvl_engine *engine, const char *body, size_t n_bytes,
+                       kvl_api_request *request, kvl_api_error *error)
 {
-    uint64_t number = 0;
-    kvl_random_secret(&number, sizeof number);
-    const kvl_clock *clock = kvl_clock_system();
-    *request = (kvl_api_request){.is_chat = is_chat,
-                                 .model_name = model_name,
-                                 .start_ns = kvl_clock_now(clock),
-                                 .created_s = clock->wall_ns(clock->context) / KVL_NS_PER_S};
-    (void)snprintf(request->id, sizeof request->id, "%s-%016" PRIx64, is_chat ? "chatcmpl" : "cmpl",
-                   number);
     json_error_t failed;
     request->body = json_loadb(body, n_bytes, JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &failed);
     if (request->body == NULL)
@@ -458,7 +449,29 @@ bool kvl_api_request_parse(const kvl_engine *engine, const char *model_name, boo
                               failed.text, failed.line, failed.column);
     if (!json_is_object(request->body))
         return kvl_api_refuse(error, "", "the body must be a JSON object");
-    return take_fields(engine, request, error);
+    if (request->kind != KVL_API_RESPONSE) return take_fields(engine, request, error);
+    if (!kvl_responses_translate(request, error)) return false;
+    const bool is_taken = take_fields(engine, request, error);
+    if (!is_taken) kvl_responses_rename(error);
+    return is_taken;
+}
+
+bool kvl_api_request_parse(const kvl_engine *engine, const char *model_name, kvl_api_kind kind,
+                           const char *body, size_t n_bytes, kvl_api_request *request,
+                           kvl_api_error *error)
+{
+    static const char *const prefixes[] = {
+        [KVL_API_CHAT] = "chatcmpl-", [KVL_API_TEXT] = "cmpl-", [KVL_API_RESPONSE] = "resp_"};
+    uint64_t number = 0;
+    kvl_random_secret(&number, sizeof number);
+    const kvl_clock *clock = kvl_clock_system();
+    *request = (kvl_api_request){.kind = kind,
+                                 .is_chat = kind != KVL_API_TEXT,
+                                 .model_name = model_name,
+                                 .start_ns = kvl_clock_now(clock),
+                                 .created_s = clock->wall_ns(clock->context) / KVL_NS_PER_S};
+    (void)snprintf(request->id, sizeof request->id, "%s%016" PRIx64, prefixes[kind], number);
+    return parse_body(engine, body, n_bytes, request, error);
 }
 
 void kvl_api_request_deinit(kvl_api_request *request)

@@ -106,7 +106,8 @@ static kvl_status parse_line(batch *b, const char *bytes, size_t n_bytes, uint32
     *own = (row){.batch = b, .line = line, .custom_id = id};
     char *text = json_dumps(body, JSON_COMPACT);
     if (text == NULL) return KVL_FAIL(b->error, KVL_ERR_NO_MEMORY, "no memory for a request");
-    if (kvl_api_request_parse(b->engine, b->options->model_name, is_chat, text, strlen(text),
+    if (kvl_api_request_parse(b->engine, b->options->model_name,
+                              is_chat ? KVL_API_CHAT : KVL_API_TEXT, text, strlen(text),
                               &own->request, &own->error) &&
         own->request.is_stream)
         (void)kvl_api_refuse(&own->error, "stream", "a batch's answers are not streamed");

@@ -5,6 +5,7 @@
  * item is there, so that what the scheduler refuses still has its status code. */
 #include "base/alloc.h"
 #include "base/clock.h"
+#include "http/responses.h"
 #include "http/server.h"
 #include "model/model.h"
 
@@ -24,6 +25,7 @@ typedef struct exchange {
     kvl_stream_item *first; /* taken already */
     char *bytes;            /* events that wait to be written: [n_bytes], from n_sent on */
     size_t n_bytes, bytes_max, n_sent;
+    uint32_t n_events; /* of a response */
     bool is_over;
 } exchange;
 
@@ -36,6 +38,11 @@ static void destroy(exchange *e)
     kvl_api_request_deinit(&e->request);
     kvl_free(e->bytes);
     kvl_free(e);
+}
+
+static bool is_response(const exchange *e)
+{
+    return e->request.kind == KVL_API_RESPONSE;
 }
 
 static const kvl_tokenizer *tokenizer_of(const exchange *e)
@@ -120,7 +127,8 @@ static enum MHD_Result answer_whole(exchange *e, kvl_http_route route)
     if (error.http_status != 0) return kvl_http_reply_error(e->http, e->connection, route, &error);
     kvl_http_observe(e->http, &e->request, &e->answer);
     return kvl_http_reply(e->http, e->connection, route, MHD_HTTP_OK,
-                          kvl_api_whole(&e->request, &e->answer));
+                          is_response(e) ? kvl_responses_whole(&e->request, &e->answer)
+                                         : kvl_api_whole(&e->request, &e->answer));
 }
 
 /* ---- server-sent events ---- */
@@ -155,10 +163,26 @@ static bool add_event(exchange *e, json_t *object)
     return is_added;
 }
 
+/* Takes the array. Each event of a response stands under its type. */
+static bool add_events(exchange *e, json_t *events)
+{
+    bool is_added = true;
+    for (size_t i = 0; i < json_array_size(events) && is_added; i++) {
+        json_t *event = json_array_get(events, i);
+        const char *type = json_string_value(json_object_get(event, "type"));
+        is_added = add_bytes(e, "event: ", 7) && add_bytes(e, type, strlen(type)) &&
+                   add_bytes(e, "\n", 1) && add_event(e, json_incref(event));
+    }
+    json_decref(events);
+    return is_added;
+}
+
 static bool add_end(exchange *e)
 {
     e->is_over = true;
     kvl_http_observe(e->http, &e->request, &e->answer);
+    if (is_response(e))
+        return add_events(e, kvl_responses_ending(&e->request, &e->answer, &e->n_events));
     if (e->request.with_usage && !add_event(e, kvl_api_usage(&e->request, &e->answer)))
         return false;
     return add_bytes(e, "data: [DONE]\n\n", 14);
@@ -171,11 +195,15 @@ static bool add_item(exchange *e, const kvl_stream_item *item)
         kvl_api_error error;
         error_of(item, &error);
         e->is_over = true;
+        if (is_response(e)) return add_events(e, kvl_responses_error(&error, &e->n_events));
         return add_event(e, kvl_api_error_json(&error)) && add_bytes(e, "data: [DONE]\n\n", 14);
     }
     if (!add_to_answer(e, item)) return false;
     const kvl_generation_event event = event_of(item);
-    if (!add_event(e, kvl_api_piece(&e->request, tokenizer_of(e), &event))) return false;
+    if (is_response(e) && !add_events(e, kvl_responses_piece(&e->request, &event, &e->n_events)))
+        return false;
+    if (!is_response(e) && !add_event(e, kvl_api_piece(&e->request, tokenizer_of(e), &event)))
+        return false;
     return !item->is_last || add_end(e);
 }
 
@@ -219,7 +247,10 @@ static enum MHD_Result answer_stream(exchange *e, kvl_http_route route)
         return result;
     }
     bool is_whole = true;
-    for (uint32_t i = 0; e->request.is_chat && i < e->request.generation.n_branches; i++)
+    if (is_response(e))
+        is_whole = add_events(e, kvl_responses_opening(&e->request, &e->answer, &e->n_events));
+    for (uint32_t i = 0; e->request.kind == KVL_API_CHAT && i < e->request.generation.n_branches;
+         i++)
         is_whole = is_whole && add_event(e, kvl_api_opening(&e->request, i));
     struct MHD_Response *response =
         is_whole ? MHD_create_response_from_callback(MHD_SIZE_UNKNOWN, EVENT_BYTES, read_events, e,
@@ -238,6 +269,12 @@ static enum MHD_Result answer_stream(exchange *e, kvl_http_route route)
     return result;
 }
 
+static kvl_api_kind kind_of(kvl_http_route route)
+{
+    if (route == KVL_ROUTE_COMPLETIONS) return KVL_API_TEXT;
+    return route == KVL_ROUTE_RESPONSES ? KVL_API_RESPONSE : KVL_API_CHAT;
+}
+
 enum MHD_Result kvl_http_complete(kvl_http *http, struct MHD_Connection *connection,
                                   kvl_http_route route, const char *tenant, const char *body,
                                   size_t n_bytes)
@@ -250,9 +287,8 @@ enum MHD_Result kvl_http_complete(kvl_http *http, struct MHD_Connection *connect
     }
     e->http = http;
     e->connection = connection;
-    bool is_started =
-        kvl_api_request_parse(kvl_service_engine(http->service), http->model_name,
-                              route == KVL_ROUTE_CHAT, body, n_bytes, &e->request, &error);
+    bool is_started = kvl_api_request_parse(kvl_service_engine(http->service), http->model_name,
+                                            kind_of(route), body, n_bytes, &e->request, &error);
     if (is_started) {
         kvl_error failed = {0};
         e->request.generation.salt = kvl_http_keys_salt(http->keys, tenant, e->request.cache_salt);

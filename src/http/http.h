@@ -1,6 +1,6 @@
 /* http/http.h: an OpenAI-compatible API over HTTP/1.1, for a service (host/service.h).
  *
- *   POST /v1/chat/completions, /v1/completions    streaming (SSE) and not
+ *   POST /v1/chat/completions, /v1/completions, /v1/responses    streaming (SSE) and not
  *   GET  /v1/models, /v1/models/NAME
  *   GET  /health   200 while the process lives      GET /ready    200 while the engine gets on
  *   GET  /version                                   GET /metrics  Prometheus text 0.0.4

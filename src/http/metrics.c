@@ -15,10 +15,15 @@ static const double bounds[KVL_HTTP_BUCKETS - 1] = {0.01, 0.025, 0.05, 0.1, 0.25
                                                     1.0,  2.5,   5.0,  10., 30.};
 
 static const char *const route_names[] = {
-    [KVL_ROUTE_CHAT] = "chat_completions", [KVL_ROUTE_COMPLETIONS] = "completions",
-    [KVL_ROUTE_MODELS] = "models",         [KVL_ROUTE_HEALTH] = "health",
-    [KVL_ROUTE_READY] = "ready",           [KVL_ROUTE_VERSION] = "version",
-    [KVL_ROUTE_METRICS] = "metrics",       [KVL_ROUTE_NONE] = "none",
+    [KVL_ROUTE_CHAT] = "chat_completions",
+    [KVL_ROUTE_COMPLETIONS] = "completions",
+    [KVL_ROUTE_RESPONSES] = "responses",
+    [KVL_ROUTE_MODELS] = "models",
+    [KVL_ROUTE_HEALTH] = "health",
+    [KVL_ROUTE_READY] = "ready",
+    [KVL_ROUTE_VERSION] = "version",
+    [KVL_ROUTE_METRICS] = "metrics",
+    [KVL_ROUTE_NONE] = "none",
 };
 
 void kvl_http_count(kvl_http *http, kvl_http_route route, unsigned status)

@@ -26,6 +26,7 @@ static const struct {
 } routes[] = {
     {"/v1/chat/completions", "POST", KVL_ROUTE_CHAT, false},
     {"/v1/completions", "POST", KVL_ROUTE_COMPLETIONS, false},
+    {"/v1/responses", "POST", KVL_ROUTE_RESPONSES, false},
     {"/v1/models", "GET", KVL_ROUTE_MODELS, false},
     {"/health", "GET", KVL_ROUTE_HEALTH, true},
     {"/ready", "GET", KVL_ROUTE_READY, true},
@@ -150,6 +151,7 @@ static enum MHD_Result reply_route(kvl_http *http, struct MHD_Connection *connec
     switch (route) {
     case KVL_ROUTE_CHAT:
     case KVL_ROUTE_COMPLETIONS:
+    case KVL_ROUTE_RESPONSES:
         if (body->is_too_large)
             return reply_refusal(http, connection, route, MHD_HTTP_CONTENT_TOO_LARGE, NULL,
                                  "the body has more than 16 MiB");

@@ -21,6 +21,7 @@ typedef struct kvl_http_histogram {
 typedef enum kvl_http_route {
     KVL_ROUTE_CHAT,
     KVL_ROUTE_COMPLETIONS,
+    KVL_ROUTE_RESPONSES,
     KVL_ROUTE_MODELS,
     KVL_ROUTE_HEALTH,
     KVL_ROUTE_READY,

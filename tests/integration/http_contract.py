@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(HERE), "support"))
 import peers  # noqa: E402
 from http_server import MODEL, Server  # noqa: E402
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 SHARED = " ".join(f"Rule {i}: a keeper notes the wind at hour {i % 24}." for i in range(60))
 
 
@@ -120,6 +120,17 @@ def check_errors_name_the_field(server):
         assert answer["error"]["param"] == param, (change, answer)
         assert answer["error"]["type"] == "invalid_request_error"
         assert answer["error"]["message"]
+    for param, change in (
+            ("input", {"input": []}), ("input", {"input": 5}), ("input", {}),
+            ("input", {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}),
+            ("input", {"input": [{"type": "function_call_output"}]}),
+            ("instructions", {"input": "hi", "instructions": 5}),
+            ("previous_response_id", {"input": "hi", "previous_response_id": "resp_1"}),
+            ("max_output_tokens", {"input": "hi", "max_output_tokens": -1}),
+            ("text", {"input": "hi", "text": {"format": {"type": "json_object"}}}),
+            ("tools", {"input": "hi", "tools": [{"type": "function"}]})):
+        status, answer = server.post(RESPONSE, change)
+        assert status == 400 and answer["error"]["param"] == param, (change, answer)
     status, answer = server.post(CHAT, {**good, "model": "gpt-9"})
     assert status == 404 and answer["error"]["code"] == "model_not_found"
     long = {"messages": [{"role": "user", "content": "word " * 9000}]}
@@ -154,7 +165,9 @@ def check_hostile_bodies(server):
     chance = random.Random(seed)
     whole = {"model": MODEL, "messages": [{"role": "user", "content": [{"type": "text",
                                                                         "text": "hi"}]}],
-             "prompt": ["hi"], "max_tokens": 1, "temperature": 1, "top_p": 1, "top_k": 5, "n": 1,
+             "prompt": ["hi"], "input": [{"role": "user", "content": [
+                 {"type": "input_text", "text": "hi"}]}], "instructions": "Be brief.",
+             "text": {"format": {"type": "text"}}, "max_output_tokens": 1, "max_tokens": 1, "temperature": 1, "top_p": 1, "top_k": 5, "n": 1,
              "min_p": 0.1, "stop": ["a"], "seed": 1, "stream": False, "logprobs": 1,
              "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1,
              "cache_salt": "s", "response_format": {"type": "text"}, "ignore_eos": False}
@@ -164,10 +177,12 @@ def check_hostile_bodies(server):
             body = mutate(chance, body)
         if isinstance(body, dict):
             # What would be a right request, but a long one.
-            for name in ("max_tokens", "n"):
-                if body.get(name) is None or body.get(name) is not whole[name]:
+            for name in ("max_tokens", "max_output_tokens", "n"):
+                if body.get(name) is None or body.get(name) is not whole.get(name):
                     body[name] = 1 if chance.random() < 0.9 else body.get(name, -1)
-        path = chance.choice([CHAT, TEXT])
+        if isinstance(body, dict) and chance.random() < 0.5:
+            body.pop("prompt", None)  # /v1/responses has another meaning for it
+        path = chance.choice([CHAT, TEXT, RESPONSE])
         status, _, data = server.ask("POST", path, body)
         assert status in (200, 400, 404), (status, path, body, data)
         if status != 200:

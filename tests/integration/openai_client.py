@@ -63,6 +63,28 @@ def check_completions(client):
     assert all(len(entry.top_logprobs) == 3 for entry in chat.choices[0].logprobs.content)
 
 
+def check_responses(client):
+    asked = {"model": MODEL, "instructions": "Be brief.", "temperature": 0, "max_output_tokens": 12,
+             "input": [{"role": "user", "content": "Name a metal."}]}
+    whole = client.responses.create(**asked)
+    chat = client.chat.completions.create(
+        model=MODEL, temperature=0, max_tokens=12,
+        messages=[{"role": "system", "content": "Be brief."},
+                  {"role": "user", "content": "Name a metal."}])
+    assert whole.output_text == chat.choices[0].message.content
+    assert whole.usage.output_tokens == chat.usage.completion_tokens
+    assert whole.usage.input_tokens == chat.usage.prompt_tokens
+    text, types, numbers = "", [], []
+    for event in client.responses.create(**asked, stream=True):
+        types.append(event.type)
+        numbers.append(event.sequence_number)
+        if event.type == "response.output_text.delta":
+            text += event.delta
+    assert text == whole.output_text
+    assert types[0] == "response.created" and types[-1] == f"response.{whole.status}", types
+    assert numbers == list(range(len(numbers)))
+
+
 def check_models(client):
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL
@@ -107,7 +129,7 @@ def main():
             out.write(f"tests {KEY}\n")
         with Server(kvloom, "127.0.0.1:0", "--api-keys", keys) as server:
             client = openai.OpenAI(base_url=server.address + "/v1", api_key=KEY, max_retries=0)
-            for check in (check_conversation, check_streaming, check_completions, check_models,
+            for check in (check_conversation, check_streaming, check_completions, check_responses, check_models,
                           check_errors):
                 try:
                     check(client)

@@ -50,7 +50,8 @@ static int close_engine(void **state)
 static bool parse(bool is_chat, const char *body, kvl_api_request *request, kvl_api_error *error)
 {
     *error = (kvl_api_error){0};
-    return kvl_api_request_parse(engine, "tiny", is_chat, body, strlen(body), request, error);
+    return kvl_api_request_parse(engine, "tiny", is_chat ? KVL_API_CHAT : KVL_API_TEXT, body,
+                                 strlen(body), request, error);
 }
 
 static void test_every_field_arrives(void **state)
@@ -130,7 +131,8 @@ static void test_damaged_bodies_are_refused_with_reasons(void **state)
             body[kvl_test_below(&random, (uint32_t)n)] = (char)kvl_test_below(&random, 256);
         kvl_api_request r;
         kvl_api_error error = {0};
-        if (!kvl_api_request_parse(engine, "tiny", round % 3 != 0, body, n, &r, &error)) {
+        if (!kvl_api_request_parse(engine, "tiny", (kvl_api_kind)(round % 3), body, n, &r,
+                                   &error)) {
             assert_in_range(error.http_status, 400, 404);
             assert_true(strlen(error.message) > 0);
             json_t *json = kvl_api_error_json(&error);
