@@ -28,6 +28,23 @@ KVL_MUST_USE kvl_status kvl_file_read(const char *path, size_t n_bytes_max, char
 KVL_MUST_USE kvl_status kvl_file_write(const char *path, const void *bytes, size_t n_bytes,
                                        kvl_error *error);
 
+/* A file of lines that grows: a log that is gone on with after a crash. */
+typedef struct kvl_line_file {
+    int descriptor;
+} kvl_line_file;
+
+/* Opens or makes it. Whatever stands behind the last line end is cut off: a line that a crash left
+ * half-written was never there.
+ * Owns     *file: ended with kvl_line_file_close
+ * Errors   KVL_ERR_IO */
+KVL_MUST_USE kvl_status kvl_line_file_open(const char *path, kvl_line_file *file, kvl_error *error);
+/* Appends a line and its end; it survives this process, but a power cut only after a sync.
+ * Errors   KVL_ERR_IO, KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status kvl_line_file_add(kvl_line_file *file, const void *line, size_t n_bytes,
+                                          kvl_error *error);
+KVL_MUST_USE kvl_status kvl_line_file_sync(kvl_line_file *file, kvl_error *error);
+void kvl_line_file_close(kvl_line_file *file);
+
 /* Makes a directory and its parents; an existing one is fine.
  * Errors   KVL_ERR_IO, KVL_ERR_TOO_LARGE (path longer than 4095 bytes) */
 KVL_MUST_USE kvl_status kvl_directory_make(const char *path, kvl_error *error);

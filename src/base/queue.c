@@ -56,16 +56,29 @@ kvl_status kvl_queue_push(kvl_queue *queue, void *item)
     return status;
 }
 
+/* With the lock held. */
+static void *take_first(kvl_queue *queue)
+{
+    if (queue->n == 0) return NULL;
+    void *item = queue->items[queue->first];
+    queue->first = (queue->first + 1) % queue->n_max;
+    queue->n--;
+    return item;
+}
+
 void *kvl_queue_pop(kvl_queue *queue)
 {
-    void *item = NULL;
     pthread_mutex_lock(&queue->lock);
     while (queue->n == 0 && !queue->closed) pthread_cond_wait(&queue->filled, &queue->lock);
-    if (queue->n > 0) {
-        item = queue->items[queue->first];
-        queue->first = (queue->first + 1) % queue->n_max;
-        queue->n--;
-    }
+    void *item = take_first(queue);
+    pthread_mutex_unlock(&queue->lock);
+    return item;
+}
+
+void *kvl_queue_try_pop(kvl_queue *queue)
+{
+    pthread_mutex_lock(&queue->lock);
+    void *item = take_first(queue);
     pthread_mutex_unlock(&queue->lock);
     return item;
 }

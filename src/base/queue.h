@@ -19,6 +19,8 @@ void kvl_queue_destroy(kvl_queue *queue);
 KVL_MUST_USE kvl_status kvl_queue_push(kvl_queue *queue, void *item);
 /* Waits for an item; NULL when the queue is closed and empty. */
 void *kvl_queue_pop(kvl_queue *queue);
+/* The same without waiting: NULL when it is empty. */
+void *kvl_queue_try_pop(kvl_queue *queue);
 /* No more pushes; waiting pops end when the queue is empty. May be called twice. */
 void kvl_queue_close(kvl_queue *queue);
 

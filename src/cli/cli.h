@@ -18,7 +18,9 @@ typedef struct kvl_command {
     int (*run)(int argc, char **argv);
 } kvl_command;
 
+int kvl_command_batch(int argc, char **argv);
 int kvl_command_bench(int argc, char **argv);
+int kvl_command_chat(int argc, char **argv);
 int kvl_command_demo(int argc, char **argv);
 int kvl_command_eval(int argc, char **argv);
 int kvl_command_explain(int argc, char **argv);
@@ -48,6 +50,11 @@ extern const struct argp kvl_cli_engine_argp;
  * Errors   those of kvl_engine_create; KVL_ERR_NOT_FOUND says how to fetch a known model */
 KVL_MUST_USE kvl_status kvl_cli_engine_create(const kvl_cli_engine *options, uint32_t n_pages,
                                               kvl_engine **engine, kvl_error *error);
+
+#define KVL_MODEL_NAME_MAX 128u
+/* What clients call the model of an option: "smollm2-135m" of that name (or of NULL, the default),
+ * or of "/models/smollm2-135m.gguf". */
+void kvl_cli_name_model(const char *model, char name[KVL_MODEL_NAME_MAX]);
 
 /* A whole number of an option's text, within bounds; otherwise tells the user and exits by argp. */
 struct argp_state;

@@ -1,12 +1,15 @@
-/* cli/cmd_serve.c: `kvloom serve`: one agent host, until it is told to stop or gets SIGTERM. */
+/* cli/cmd_serve.c: `kvloom serve`: one agent host, or a server for OpenAI's clients, or both on one
+ * engine, until it is told to stop or gets SIGTERM. */
 #include "base/alloc.h"
 #include "base/file.h"
 #include "base/log.h"
 #include "cli/cli.h"
 #include "host/host.h"
+#include "http/http.h"
 
 #include <argp.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/prctl.h>
@@ -17,7 +20,13 @@ enum {
     OPTION_MEMORY_MB,
     OPTION_WITH_PARENT,
     OPTION_PAPER,
-    OPTION_PAGES
+    OPTION_PAGES,
+    OPTION_HTTP,
+    OPTION_API_KEYS,
+    OPTION_SERVED_NAME,
+    OPTION_ANSWERS,
+    OPTION_WAITING,
+    OPTION_STEP_ROWS
 };
 
 typedef struct arguments {
@@ -25,6 +34,8 @@ typedef struct arguments {
     kvl_host_options host;
     kvl_exchange_peer peers[KVL_PEERS_MAX];
     const char *key_file;
+    kvl_http_options http; /* address NULL: none */
+    kvl_scheduler_options scheduler;
     bool with_parent;
 } arguments;
 
@@ -38,6 +49,16 @@ static const struct argp_option options[] = {
     {"store-mb", OPTION_STORE_MB, "N", 0, "Most that is kept on disk (4096)", 0},
     {"memory-mb", OPTION_MEMORY_MB, "N", 0, "Most that is kept in memory (1024)", 0},
     {"pages", OPTION_PAGES, "N", 0, "Pages of 16 tokens of KV (three contexts)", 0},
+    {"http", OPTION_HTTP, "ADDRESS", 0,
+     "Serve OpenAI's API at 127.0.0.1:PORT, [::1]:PORT or unix:/PATH; the options above are then "
+     "needed only to exchange with peers",
+     0},
+    {"api-keys", OPTION_API_KEYS, "FILE", 0, "Lines 'TENANT KEY'; needed beyond loopback", 0},
+    {"served-name", OPTION_SERVED_NAME, "NAME", 0, "What the API calls the model (--model)", 0},
+    {"answers", OPTION_ANSWERS, "N", 0, "Answers that are computed at once (64)", 0},
+    {"waiting", OPTION_WAITING, "N", 0, "Requests that may wait; more are told to come again (256)",
+     0},
+    {"step-rows", OPTION_STEP_ROWS, "N", 0, "Tokens of one step while anybody decodes (256)", 0},
     {"paper-anchors", OPTION_PAPER, NULL, 0, "Match anchors as the KVCOMM paper does", 0},
     {"with-parent", OPTION_WITH_PARENT, NULL, 0, "End when the process that started this ends", 0},
     {0},
@@ -52,6 +73,14 @@ static void add_peer(arguments *wanted, char *text, const struct argp_state *sta
     if (separator == NULL) return;
     *separator = '\0';
     wanted->peers[wanted->host.n_peers++] = (kvl_exchange_peer){text, separator + 1};
+}
+
+/* Whether anything was asked for that only a host with peers and a store has. */
+static bool is_host(const arguments *wanted)
+{
+    const kvl_host_options *host = &wanted->host;
+    return host->name != NULL || host->endpoint != NULL || host->store_path != NULL ||
+           wanted->key_file != NULL || host->n_peers > 0;
 }
 
 static error_t parse(int key, char *text, struct argp_state *state)
@@ -76,12 +105,28 @@ static error_t parse(int key, char *text, struct argp_state *state)
     case OPTION_PAGES:
         host->engine.n_pages = kvl_cli_number(state, "--pages", text, 16, 1 << 24);
         return 0;
+    case OPTION_HTTP: wanted->http.address = text; return 0;
+    case OPTION_API_KEYS: wanted->http.keys_file = text; return 0;
+    case OPTION_SERVED_NAME: wanted->http.model_name = text; return 0;
+    case OPTION_ANSWERS:
+        wanted->scheduler.n_running_max = kvl_cli_number(state, "--answers", text, 1, 512);
+        return 0;
+    case OPTION_WAITING:
+        wanted->scheduler.n_waiting_max = kvl_cli_number(state, "--waiting", text, 1, 1 << 16);
+        return 0;
+    case OPTION_STEP_ROWS:
+        wanted->scheduler.n_step_rows =
+            kvl_cli_number(state, "--step-rows", text, 1, KVL_FORWARD_ROWS_MAX);
+        return 0;
     case OPTION_PAPER: host->anchors.mode = KVL_ANCHOR_PAPER; return 0;
     case OPTION_WITH_PARENT: wanted->with_parent = true; return 0;
     case ARGP_KEY_END:
-        if (host->name == NULL || host->endpoint == NULL || host->store_path == NULL ||
-            wanted->key_file == NULL)
-            argp_error(state, "--name, --listen, --store and --key-file are needed");
+        if (is_host(wanted) || wanted->http.address == NULL) {
+            if (host->name == NULL || host->endpoint == NULL || host->store_path == NULL ||
+                wanted->key_file == NULL)
+                argp_error(state, "--name, --listen, --store and --key-file are needed, or --http "
+                                  "alone");
+        }
         return 0;
     default: return ARGP_ERR_UNKNOWN;
     }
@@ -100,44 +145,108 @@ static kvl_status read_key(const char *path, uint8_t *key, kvl_error *error)
     return KVL_OK;
 }
 
-typedef struct signals {
-    sigset_t set;
+/* What a signal stops: whichever of the two is there. */
+typedef struct stopped {
     kvl_host *host;
-} signals;
+    kvl_service *service;
+} stopped;
 
-/* Waits for a signal on a thread of its own: a handler may not take locks, a thread may. */
+/* Posted by the handler, which may do nothing else; and at the end, so that the waiter ends too. */
+static sem_t signalled;
+
+static void handle_signal(int number)
+{
+    (void)number;
+    (void)sem_post(&signalled);
+}
+
+/* Handlers, and not a blocked set: OpenBLAS starts threads of its own before main, which block
+ * nothing, and a signal that one of them gets would end the process. */
+static void install_handlers(void)
+{
+    struct sigaction action = {.sa_handler = handle_signal, .sa_flags = SA_RESTART};
+    (void)sem_init(&signalled, 0, 0);
+    (void)sigemptyset(&action.sa_mask);
+    (void)sigaction(SIGTERM, &action, NULL);
+    (void)sigaction(SIGINT, &action, NULL);
+}
+
 static void *wait_for_signal(void *argument)
 {
-    const signals *waited = argument;
-    int number = 0;
-    if (sigwait(&waited->set, &number) == 0) kvl_host_stop(waited->host);
+    const stopped *waited = argument;
+    while (sem_wait(&signalled) != 0) continue;
+    if (waited->host != NULL) {
+        kvl_host_stop(waited->host);
+    } else {
+        kvl_service_stop(waited->service);
+    }
     return NULL;
 }
 
-static kvl_status serve(arguments *wanted, signals *waited, kvl_error *error)
+/* Serves until it is told to stop; host or service is there and ready. */
+static kvl_status run(arguments *wanted, stopped *waited, kvl_error *error)
+{
+    kvl_http *http = NULL;
+    if (wanted->http.address != NULL) {
+        kvl_service *service =
+            waited->host != NULL ? kvl_host_service(waited->host) : waited->service;
+        KVL_TRY(kvl_http_start(&wanted->http, service, &http, error));
+        /* A script may have asked for any free port: it reads here which it got. */
+        (void)printf("listening at %s\n", kvl_http_address(http));
+        (void)fflush(stdout);
+    }
+    pthread_t waiter;
+    if (pthread_create(&waiter, NULL, wait_for_signal, waited) != 0) {
+        kvl_http_stop(http);
+        return KVL_FAIL(error, KVL_ERR_IO, "cannot start a thread");
+    }
+    if (waited->host != NULL) {
+        kvl_log(KVL_LOG_INFO, "host_ready", "endpoint=%s", wanted->host.endpoint);
+        kvl_host_run(waited->host);
+    } else {
+        kvl_service_run(waited->service);
+    }
+    (void)sem_post(&signalled);
+    (void)pthread_join(waiter, NULL);
+    kvl_http_stop(http);
+    return KVL_OK;
+}
+
+static kvl_status serve_host(arguments *wanted, stopped *waited, kvl_error *error)
+{
+    KVL_TRY(read_key(wanted->key_file, wanted->host.tenant_key, error));
+    wanted->host.peers = wanted->peers;
+    if (wanted->http.address != NULL) wanted->host.scheduler = &wanted->scheduler;
+    KVL_TRY(kvl_host_create(&wanted->host, &waited->host, error));
+    const kvl_status status = run(wanted, waited, error);
+    kvl_host_destroy(waited->host);
+    return status;
+}
+
+static kvl_status serve_http(arguments *wanted, stopped *waited, kvl_error *error)
+{
+    kvl_engine *engine = NULL;
+    KVL_TRY(kvl_engine_create(&wanted->host.engine, &engine, error));
+    kvl_status status = kvl_service_create(engine, &wanted->scheduler, &waited->service, error);
+    if (status == KVL_OK) status = run(wanted, waited, error);
+    kvl_service_destroy(waited->service);
+    kvl_engine_destroy(engine);
+    return status;
+}
+
+static kvl_status serve(arguments *wanted, stopped *waited, kvl_error *error)
 {
     char path[PATH_MAX];
+    char name[KVL_MODEL_NAME_MAX];
     const char *model = wanted->engine.model == NULL ? "smollm2-135m" : wanted->engine.model;
     KVL_TRY(kvl_models_find(model, path, error));
-    KVL_TRY(read_key(wanted->key_file, wanted->host.tenant_key, error));
+    kvl_cli_name_model(model, name);
+    if (wanted->http.model_name == NULL) wanted->http.model_name = name;
     wanted->host.engine.model_path = path;
     wanted->host.engine.n_threads = wanted->engine.n_threads;
     wanted->host.engine.n_positions = wanted->engine.n_positions;
     wanted->host.engine.variant = wanted->engine.variant;
-    wanted->host.peers = wanted->peers;
-    KVL_TRY(kvl_host_create(&wanted->host, &waited->host, error));
-    pthread_t waiter;
-    if (pthread_create(&waiter, NULL, wait_for_signal, waited) != 0) {
-        kvl_host_destroy(waited->host);
-        return KVL_FAIL(error, KVL_ERR_IO, "cannot start a thread");
-    }
-    kvl_log(KVL_LOG_INFO, "host_ready", "endpoint=%s", wanted->host.endpoint);
-    kvl_host_run(waited->host);
-    /* The waiter may still wait: any signal of its set ends it. */
-    (void)pthread_kill(waiter, SIGTERM);
-    (void)pthread_join(waiter, NULL);
-    kvl_host_destroy(waited->host);
-    return KVL_OK;
+    return is_host(wanted) ? serve_host(wanted, waited, error) : serve_http(wanted, waited, error);
 }
 
 int kvl_command_serve(int argc, char **argv)
@@ -148,11 +257,8 @@ int kvl_command_serve(int argc, char **argv)
     arguments wanted = {.host = kvl_host_default_options()};
     if (argp_parse(&argp, argc, argv, 0, NULL, &wanted) != 0) return KVL_EXIT_USAGE;
     if (wanted.with_parent) (void)prctl(PR_SET_PDEATHSIG, SIGTERM);
-    signals waited = {.host = NULL};
-    (void)sigemptyset(&waited.set);
-    (void)sigaddset(&waited.set, SIGTERM);
-    (void)sigaddset(&waited.set, SIGINT);
-    (void)pthread_sigmask(SIG_BLOCK, &waited.set, NULL);
+    stopped waited = {0};
+    install_handlers();
     kvl_error error;
     const kvl_status status = serve(&wanted, &waited, &error);
     return status == KVL_OK ? KVL_EXIT_OK : kvl_cli_fail(&error);

@@ -88,6 +88,15 @@ kvl_status kvl_cli_engine_create(const kvl_cli_engine *options, uint32_t n_pages
     return kvl_engine_create(&made, engine, error);
 }
 
+void kvl_cli_name_model(const char *model, char name[KVL_MODEL_NAME_MAX])
+{
+    if (model == NULL) model = "smollm2-135m";
+    const char *slash = strrchr(model, '/');
+    (void)snprintf(name, KVL_MODEL_NAME_MAX, "%s", slash == NULL ? model : slash + 1);
+    char *ending = strstr(name, ".gguf");
+    if (ending != NULL) *ending = '\0';
+}
+
 static kvl_status parse_ids(const char *path, const char *text, uint32_t n_vocab, uint32_t *ids,
                             size_t *n_ids, kvl_error *error)
 {

@@ -6,6 +6,8 @@
 static const kvl_command commands[] = {
     {"demo", "five agents share what they have read: the main job", kvl_command_demo},
     {"serve", "run one agent host", kvl_command_serve},
+    {"chat", "talk with a model in the terminal", kvl_command_chat},
+    {"batch", "answer a file of requests, offline", kvl_command_batch},
     {"generate", "answer a prompt", kvl_command_generate},
     {"tokenize", "text to token ids and back", kvl_command_tokenize},
     {"logits", "logits of every token of a text, for comparison", kvl_command_logits},

@@ -38,7 +38,10 @@ static void accept_task(void *context, uint64_t id, const void *body, size_t n_b
         memcpy(task->body, body, n_bytes);
         status = kvl_queue_push(host->tasks, task);
     }
-    if (status == KVL_OK) return;
+    if (status == KVL_OK) {
+        if (host->service != NULL) kvl_service_wake(host->service);
+        return;
+    }
     kvl_free(task);
     kvl_exchange_reply(host->exchange, id, status, "this host has no room for another task", NULL,
                        0);
@@ -133,6 +136,8 @@ static void load_anchors(kvl_host *host)
     kvl_free(found.ids);
 }
 
+static void do_waiting_tasks(void *context);
+
 static kvl_status create_parts(kvl_host *host, const kvl_host_options *options, kvl_error *error)
 {
     KVL_TRY(kvl_engine_create(&options->engine, &host->engine, error));
@@ -147,6 +152,10 @@ static kvl_status create_parts(kvl_host *host, const kvl_host_options *options, 
     load_anchors(host);
     if (kvl_queue_create(KVL_HOST_TASKS_MAX, &host->tasks) != KVL_OK)
         return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for the task queue");
+    if (options->scheduler != NULL) {
+        KVL_TRY(kvl_service_create(host->engine, options->scheduler, &host->service, error));
+        kvl_service_attach(host->service, do_waiting_tasks, host);
+    }
     const kvl_exchange_options exchange = {
         .name = options->name,
         .endpoint = options->endpoint,
@@ -195,6 +204,7 @@ void kvl_host_destroy(kvl_host *host)
             kvl_free(task);
     }
     kvl_queue_destroy(host->tasks);
+    kvl_service_destroy(host->service);
     kvl_anchor_pool_destroy(host->anchors);
     if (host->store != NULL) host->store->ops->destroy(host->store);
     for (size_t i = 0; i < KVL_PARTS_MAX; i++) kv_buffer_deinit(&host->bases[i]);
@@ -297,8 +307,29 @@ static void do_task(kvl_host *host, const waiting_task *task)
     if (asked != NULL) kvloom__v1__host_task__free_unpacked(asked, NULL);
 }
 
+static void do_waiting_tasks(void *context)
+{
+    kvl_host *host = context;
+    while (!host->stopping) {
+        waiting_task *task = kvl_queue_try_pop(host->tasks);
+        if (task == NULL) return;
+        do_task(host, task);
+        kvl_free(task);
+    }
+    kvl_service_stop(host->service);
+}
+
+kvl_service *kvl_host_service(kvl_host *host)
+{
+    return host->service;
+}
+
 void kvl_host_run(kvl_host *host)
 {
+    if (host->service != NULL) {
+        kvl_service_run(host->service);
+        return;
+    }
     while (!host->stopping) {
         waiting_task *task = kvl_queue_pop(host->tasks);
         if (task == NULL) return;
@@ -310,4 +341,5 @@ void kvl_host_run(kvl_host *host)
 void kvl_host_stop(kvl_host *host)
 {
     kvl_queue_close(host->tasks);
+    if (host->service != NULL) kvl_service_stop(host->service);
 }

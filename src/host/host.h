@@ -7,7 +7,7 @@
 #define KVL_HOST_HOST_H
 
 #include "exchange/exchange.h"
-#include "host/engine.h"
+#include "host/service.h"
 
 #define KVL_TENANT_KEY_BYTES 32u
 #define KVL_HOST_TASKS_MAX 16u
@@ -23,6 +23,9 @@ typedef struct kvl_host_options {
     kvl_engine_options engine;
     kvl_anchor_options anchors;
     kvl_kv_dtype segment_dtype; /* of segments that this host publishes */
+    /* With a service (host/service.h) its answers and this host's tasks share the engine thread:
+     * a task runs between two steps. NULL: none. */
+    const kvl_scheduler_options *scheduler;
     uint8_t tenant_key[KVL_TENANT_KEY_BYTES];
 } kvl_host_options;
 
@@ -37,6 +40,9 @@ typedef struct kvl_host kvl_host;
 KVL_MUST_USE kvl_status kvl_host_create(const kvl_host_options *options, kvl_host **host,
                                         kvl_error *error);
 void kvl_host_destroy(kvl_host *host);
+
+/* NULL where the options asked for none. */
+kvl_service *kvl_host_service(kvl_host *host);
 
 /* Does tasks until a client's stop task or kvl_host_stop. */
 void kvl_host_run(kvl_host *host);

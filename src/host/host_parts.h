@@ -35,6 +35,7 @@ struct kvl_host {
     kvl_exchange *exchange;
     kvl_anchor_pool *anchors;
     kvl_queue *tasks;
+    kvl_service *service; /* or NULL */
     const kvl_clock *clock;
     kvl_kv_dtype segment_dtype;
     uint8_t tenant_key[KVL_TENANT_KEY_BYTES];

@@ -2,6 +2,8 @@
 """KVLoom and its peers alternately, in one session on one machine.
 
     python3 tests/bench/compare.py prefill decode --json [--quick] [--model smollm2-135m]
+    python3 tests/bench/compare.py serve --json            (by itself: compare_serve.py)
+    python3 tests/bench/compare.py batch --json            (by itself: compare_batch.py)
 
 Same GGUF file, same number of threads. A round measures ours once and each peer once; a peer's
 process is stopped (SIGSTOP) while another runs. Figures are ratios of median tokens per second,
@@ -21,6 +23,8 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path.insert(0, os.path.join(ROOT, "tests", "support"))
+import compare_batch  # noqa: E402
+import compare_serve  # noqa: E402
 import peers  # noqa: E402
 
 # name: (kind, tokens, peer), in the order they are measured
@@ -31,6 +35,8 @@ FIGURES = {
     "decode": [("decode_512_vs_llamacpp", "decode", 512, "llamacpp"),
                ("decode_2048_vs_llamacpp", "decode", 2048, "llamacpp")],
 }
+# Measured over whole servers, with programs of their own.
+ALONE = {"serve": compare_serve.run, "batch": compare_batch.run}
 IMPORTS = {"llamacpp": ["xllamacpp"],
            "transformers": ["torch", "transformers", "gguf", "numpy", "tokenizers"]}
 DECODED = 32  # tokens of one decode measurement, as in the peers' programs
@@ -148,7 +154,8 @@ def report_of(arguments, figures, seen, engines, machine):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="+", choices=sorted(FIGURES), metavar="prefill|decode")
+    parser.add_argument("names", nargs="+", choices=[*sorted(FIGURES), *ALONE],
+                        metavar="prefill|decode|serve|batch")
     parser.add_argument("--json", action="store_true", help="one JSON object (it is always one)")
     parser.add_argument("--quick", action="store_true", help="one round, under a minute")
     parser.add_argument("--rounds", type=int, default=5)
@@ -160,13 +167,19 @@ def main():
     model = peers.model_path(arguments.model)
     if not os.path.exists(model):
         raise SystemExit(f"{model} is not there; fetch it with: kvloom model pull {arguments.model}")
-    figures = [figure for name in dict.fromkeys(arguments.names) for figure in FIGURES[name]]
+    if len(arguments.names) > 1 and set(arguments.names) & set(ALONE):
+        parser.error("serve and batch are measured by themselves")
+    figures = [figure for name in dict.fromkeys(arguments.names)
+               for figure in FIGURES.get(name, [])]
     machine = describe_machine(arguments.threads)
     if machine["load_at_start"] > 0.5:
         peers.say(f"load is {machine['load_at_start']:.1f}: other programs run, and the ratios are "
                   "worth little")
     # Ended by a time limit, peers must be ended too: a stopped process would stay for ever.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    if arguments.names[0] in ALONE:
+        print(json.dumps(ALONE[arguments.names[0]](arguments, model, machine), indent=2))
+        return 0
     engines = {}
     try:
         for name in dict.fromkeys(figure[3] for figure in figures):

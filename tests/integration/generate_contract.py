@@ -64,6 +64,18 @@ def check_messages_equal_prompt(kvloom, folder):
     assert answers[0]["tokens"] == answers[1]["tokens"] == answers[2]["tokens"]
 
 
+def check_chat_goes_on(kvloom, folder):
+    """The first answer is what `generate` gives; later turns know what was said."""
+    text = "Name three uses of copper."
+    said = subprocess.run([kvloom, "chat", "--model", MODEL, "--max-tokens", "24"], input=text
+                          + "\n\nAnd of tin?\n", capture_output=True, text=True, check=True)
+    alone = run(kvloom, "generate", "--model", MODEL, "--prompt", text, "--max-tokens", "24")
+    assert said.stdout.startswith(alone.decode()), said.stdout
+    known = [line for line in said.stderr.splitlines() if "prompt tokens were known" in line]
+    assert len(known) == 2 and known[0].startswith("[0 of "), known
+    assert int(known[1][1:].split()[0]) >= 32, known
+
+
 def check_tokens_round_trip(kvloom, folder):
     """Every byte comes back, also those that are no UTF-8."""
     text, ids = os.path.join(folder, "text"), os.path.join(folder, "ids")
@@ -91,6 +103,22 @@ def check_bench(kvloom, folder):
         assert 0 < fraction < 1.5, fraction
 
 
+def check_bench_attention(kvloom, folder):
+    """Every cell says what it was measured beside; sharing never loses by much, and a tree gains."""
+    report = json.loads(run(kvloom, "bench", "--model", MODEL, "--repeats", "1", "--shape",
+                            "smollm2-135m", "--json", "attention"))
+    cells = [row for row in report["rows"] if "prefix" in row]
+    assert {(row["rows"], row["prefix"]) for row in cells} == {
+        (rows, prefix) for rows in (8, 32, 128) for prefix in (1024, 4096, 8192)}
+    for row in cells:
+        limit = max(row["limit_bytes_ms"], row["limit_operations_ms"])
+        assert abs(row["fraction_of_limit"] - limit / row["shared_ms"]) < 1e-6, row
+        assert row["sgemm_gflops"] > 0 and row["read_gb_per_s"] > 0, row
+    assert report["figures"]["shared_vs_unshared_b32_p8k"] > 1.0, report["figures"]
+    assert report["figures"]["tree_time_saved"] > 0.0, report["figures"]
+    assert 0 < report["figures"]["throughput_drop_1k_16k"] < 1, report["figures"]
+
+
 def main():
     kvloom = os.path.abspath(os.path.join(sys.argv[1] if len(sys.argv) > 1 else "build/release",
                                           "kvloom"))
@@ -98,8 +126,9 @@ def main():
         print(f"{MODEL} is not in the cache: fetch it with kvloom model pull {MODEL}")
         return 77
     n_failed = 0
-    for check in (check_streaming_equals_json, check_messages_equal_prompt, check_tokens_round_trip,
-                  check_bench):
+    for check in (check_streaming_equals_json, check_messages_equal_prompt, check_chat_goes_on,
+                  check_tokens_round_trip,
+                  check_bench, check_bench_attention):
         with tempfile.TemporaryDirectory() as folder:
             try:
                 check(kvloom, folder)

@@ -7,6 +7,7 @@ import sys
 PACKAGES = {
     "transformers": ["torch", "transformers", "gguf", "numpy", "tokenizers", "accelerate"],
     "llamacpp": ["xllamacpp", "numpy"],
+    "openai": ["openai"],
 }
 MODELS = {
     "smollm2-135m": "smollm2-135m-instruct.q4_1.gguf",

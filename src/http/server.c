@@ -1,0 +1,317 @@
+/* http/server.c: the daemon: bodies are collected, keys checked, routes found. Whatever is not in
+ * the table of routes is 404; whatever is not open wants a key. */
+#include "http/server.h"
+
+#include "base/alloc.h"
+#include "base/clock.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { IDLE_SECONDS = 300 };
+
+/* A body as it comes. */
+typedef struct upload {
+    char *bytes;
+    size_t n_bytes, bytes_max;
+    bool is_too_large;
+    const char *tenant; /* NULL: no key, or a wrong one */
+} upload;
+
+static const struct {
+    const char *path, *method;
+    kvl_http_route route;
+    bool is_open; /* to whoever has no key */
+} routes[] = {
+    {"/v1/chat/completions", "POST", KVL_ROUTE_CHAT, false},
+    {"/v1/completions", "POST", KVL_ROUTE_COMPLETIONS, false},
+    {"/v1/responses", "POST", KVL_ROUTE_RESPONSES, false},
+    {"/v1/models", "GET", KVL_ROUTE_MODELS, false},
+    {"/health", "GET", KVL_ROUTE_HEALTH, true},
+    {"/ready", "GET", KVL_ROUTE_READY, true},
+    {"/version", "GET", KVL_ROUTE_VERSION, false},
+    {"/metrics", "GET", KVL_ROUTE_METRICS, false},
+};
+enum { N_ROUTES = sizeof routes / sizeof *routes };
+
+static const char models_prefix[] = "/v1/models/";
+
+/* ---- replies ---- */
+
+static enum MHD_Result reply_bytes(kvl_http *http, struct MHD_Connection *connection,
+                                   kvl_http_route route, unsigned status, const char *type,
+                                   const char *bytes, size_t n_bytes)
+{
+    struct MHD_Response *response =
+        MHD_create_response_from_buffer(n_bytes, (void *)(uintptr_t)bytes, MHD_RESPMEM_MUST_COPY);
+    if (response == NULL) return MHD_NO;
+    (void)MHD_add_response_header(response, "Content-Type", type);
+    (void)MHD_add_response_header(response, "Cache-Control", "no-store");
+    if (status == MHD_HTTP_TOO_MANY_REQUESTS || status == MHD_HTTP_SERVICE_UNAVAILABLE)
+        (void)MHD_add_response_header(response, "Retry-After", "1");
+    if (status == MHD_HTTP_UNAUTHORIZED)
+        (void)MHD_add_response_header(response, "WWW-Authenticate", "Bearer");
+    kvl_http_count(http, route, status);
+    const enum MHD_Result result = MHD_queue_response(connection, status, response);
+    MHD_destroy_response(response);
+    return result;
+}
+
+typedef struct dumped {
+    char *bytes;
+    size_t n_bytes, bytes_max;
+} dumped;
+
+static int dump_more(const char *bytes, size_t n_bytes, void *context)
+{
+    dumped *to = context;
+    if (to->n_bytes + n_bytes > to->bytes_max) {
+        const size_t wanted = 2 * (to->n_bytes + n_bytes) + 512;
+        char *larger = kvl_realloc(to->bytes, wanted);
+        if (larger == NULL) return -1;
+        to->bytes = larger;
+        to->bytes_max = wanted;
+    }
+    memcpy(to->bytes + to->n_bytes, bytes, n_bytes);
+    to->n_bytes += n_bytes;
+    return 0;
+}
+
+enum MHD_Result kvl_http_reply(kvl_http *http, struct MHD_Connection *connection,
+                               kvl_http_route route, unsigned status, json_t *body)
+{
+    dumped to = {0};
+    enum MHD_Result result = MHD_NO;
+    if (json_dump_callback(body, dump_more, &to, JSON_COMPACT) == 0)
+        result =
+            reply_bytes(http, connection, route, status, "application/json", to.bytes, to.n_bytes);
+    json_decref(body);
+    kvl_free(to.bytes);
+    return result;
+}
+
+enum MHD_Result kvl_http_reply_error(kvl_http *http, struct MHD_Connection *connection,
+                                     kvl_http_route route, const kvl_api_error *error)
+{
+    return kvl_http_reply(http, connection, route, error->http_status, kvl_api_error_json(error));
+}
+
+static enum MHD_Result reply_refusal(kvl_http *http, struct MHD_Connection *connection,
+                                     kvl_http_route route, unsigned status, const char *code,
+                                     const char *message)
+{
+    kvl_api_error error;
+    (void)kvl_api_refuse(&error, "", "%s", message);
+    error.http_status = status;
+    error.code = code;
+    return kvl_http_reply_error(http, connection, route, &error);
+}
+
+/* ---- routes ---- */
+
+static json_t *model_json(const kvl_http *http)
+{
+    const kvl_engine *engine = kvl_service_engine(http->service);
+    return json_pack("{s:s, s:s, s:I, s:s, s:I}", "id", http->model_name, "object", "model",
+                     "created", (json_int_t)http->start_s, "owned_by", "kvloom", "max_model_len",
+                     (json_int_t)engine->n_positions);
+}
+
+static enum MHD_Result reply_models(kvl_http *http, struct MHD_Connection *connection,
+                                    const char *path)
+{
+    if (strncmp(path, models_prefix, sizeof models_prefix - 1) != 0) {
+        json_t *list = json_array();
+        (void)json_array_append_new(list, model_json(http));
+        return kvl_http_reply(http, connection, KVL_ROUTE_MODELS, MHD_HTTP_OK,
+                              json_pack("{s:s, s:o}", "object", "list", "data", list));
+    }
+    if (strcmp(path + sizeof models_prefix - 1, http->model_name) != 0)
+        return reply_refusal(http, connection, KVL_ROUTE_MODELS, MHD_HTTP_NOT_FOUND,
+                             "model_not_found", "there is no such model here");
+    return kvl_http_reply(http, connection, KVL_ROUTE_MODELS, MHD_HTTP_OK, model_json(http));
+}
+
+static enum MHD_Result reply_metrics(kvl_http *http, struct MHD_Connection *connection)
+{
+    char *text = kvl_http_metrics_text(http);
+    if (text == NULL) return MHD_NO;
+    const enum MHD_Result result =
+        reply_bytes(http, connection, KVL_ROUTE_METRICS, MHD_HTTP_OK,
+                    "text/plain; version=0.0.4; charset=utf-8", text, strlen(text));
+    kvl_free(text);
+    return result;
+}
+
+static enum MHD_Result reply_route(kvl_http *http, struct MHD_Connection *connection,
+                                   kvl_http_route route, const char *path, const upload *body)
+{
+    const bool is_ready = kvl_http_is_ready(http);
+    switch (route) {
+    case KVL_ROUTE_CHAT:
+    case KVL_ROUTE_COMPLETIONS:
+    case KVL_ROUTE_RESPONSES:
+        if (body->is_too_large)
+            return reply_refusal(http, connection, route, MHD_HTTP_CONTENT_TOO_LARGE, NULL,
+                                 "the body has more than 16 MiB");
+        return kvl_http_complete(http, connection, route, body->tenant,
+                                 body->bytes == NULL ? "" : body->bytes, body->n_bytes);
+    case KVL_ROUTE_MODELS: return reply_models(http, connection, path);
+    case KVL_ROUTE_HEALTH:
+        return kvl_http_reply(http, connection, route, MHD_HTTP_OK,
+                              json_pack("{s:s}", "status", "ok"));
+    case KVL_ROUTE_READY:
+        return kvl_http_reply(http, connection, route,
+                              is_ready ? MHD_HTTP_OK : MHD_HTTP_SERVICE_UNAVAILABLE,
+                              json_pack("{s:s}", "status", is_ready ? "ready" : "stuck"));
+    case KVL_ROUTE_VERSION:
+        return kvl_http_reply(http, connection, route, MHD_HTTP_OK,
+                              json_pack("{s:s}", "version", KVL_VERSION));
+    case KVL_ROUTE_METRICS: return reply_metrics(http, connection);
+    case KVL_ROUTE_NONE: break;
+    }
+    return reply_refusal(http, connection, KVL_ROUTE_NONE, MHD_HTTP_NOT_FOUND, NULL,
+                         "there is no such route; docs/http-api.md lists them");
+}
+
+static enum MHD_Result dispatch(kvl_http *http, struct MHD_Connection *connection, const char *path,
+                                const char *method, const upload *body)
+{
+    kvl_http_route route = KVL_ROUTE_NONE;
+    bool is_open = false;
+    bool is_allowed = true;
+    const bool is_model = strncmp(path, models_prefix, sizeof models_prefix - 1) == 0;
+    for (size_t i = 0; i < N_ROUTES; i++) {
+        if (strcmp(path, routes[i].path) != 0 && !(is_model && routes[i].route == KVL_ROUTE_MODELS))
+            continue;
+        route = routes[i].route;
+        is_open = routes[i].is_open;
+        is_allowed = strcmp(method, routes[i].method) == 0;
+    }
+    if (body->tenant == NULL && !is_open)
+        return reply_refusal(http, connection, route, MHD_HTTP_UNAUTHORIZED, "invalid_api_key",
+                             "give an API key: Authorization: Bearer KEY");
+    if (!is_allowed)
+        return reply_refusal(http, connection, route, MHD_HTTP_METHOD_NOT_ALLOWED, NULL,
+                             "this route has another method");
+    return reply_route(http, connection, route, path, body);
+}
+
+/* ---- bodies ---- */
+
+static void take_bytes(upload *body, const char *bytes, size_t n_bytes)
+{
+    /* Nothing is kept of what comes without a key. */
+    if (body->is_too_large || body->tenant == NULL) return;
+    if (body->n_bytes + n_bytes > KVL_HTTP_BODY_BYTES_MAX) {
+        body->is_too_large = true;
+        return;
+    }
+    if (body->n_bytes + n_bytes > body->bytes_max) {
+        const size_t wanted = 2 * (body->n_bytes + n_bytes);
+        char *larger = kvl_realloc(body->bytes, wanted);
+        if (larger == NULL) {
+            body->is_too_large = true;
+            return;
+        }
+        body->bytes = larger;
+        body->bytes_max = wanted;
+    }
+    memcpy(body->bytes + body->n_bytes, bytes, n_bytes);
+    body->n_bytes += n_bytes;
+}
+
+static enum MHD_Result handle(void *context, struct MHD_Connection *connection, const char *path,
+                              const char *method, const char *version, const char *bytes,
+                              size_t *n_bytes, void **own)
+{
+    (void)version;
+    kvl_http *http = context;
+    if (*own == NULL) {
+        upload *begun = kvl_alloc_zero(1, sizeof *begun);
+        if (begun == NULL) return MHD_NO;
+        begun->tenant = kvl_http_keys_find(
+            http->keys, MHD_lookup_connection_value(connection, MHD_HEADER_KIND, "Authorization"));
+        *own = begun;
+        return MHD_YES;
+    }
+    if (*n_bytes > 0) {
+        take_bytes(*own, bytes, *n_bytes);
+        *n_bytes = 0;
+        return MHD_YES;
+    }
+    return dispatch(http, connection, path, method, *own);
+}
+
+static void end_request(void *context, struct MHD_Connection *connection, void **own,
+                        enum MHD_RequestTerminationCode code)
+{
+    (void)context;
+    (void)connection;
+    (void)code;
+    upload *body = *own;
+    if (body != NULL) kvl_free(body->bytes);
+    kvl_free(body);
+    *own = NULL;
+}
+
+/* ---- life ---- */
+
+static void end(kvl_http *http)
+{
+    if (http->listener >= 0) (void)close(http->listener);
+    if (http->unix_path[0] != '\0') (void)unlink(http->unix_path);
+    kvl_http_keys_close(http->keys);
+    (void)pthread_mutex_destroy(&http->lock);
+    kvl_free(http);
+}
+
+static kvl_status start(kvl_http *http, const kvl_http_options *options, kvl_error *error)
+{
+    KVL_TRY(kvl_http_keys_open(options->keys_file, &http->keys, error));
+    KVL_TRY(kvl_http_listen(http, options->address, error));
+    http->daemon = MHD_start_daemon(
+        MHD_USE_INTERNAL_POLLING_THREAD | MHD_USE_THREAD_PER_CONNECTION | MHD_USE_POLL, 0, NULL,
+        NULL, handle, http, MHD_OPTION_LISTEN_SOCKET, http->listener, MHD_OPTION_NOTIFY_COMPLETED,
+        end_request, NULL, MHD_OPTION_CONNECTION_LIMIT, KVL_HTTP_CONNECTIONS_MAX,
+        MHD_OPTION_CONNECTION_TIMEOUT, (unsigned)IDLE_SECONDS, MHD_OPTION_END);
+    if (http->daemon == NULL)
+        return KVL_FAIL(error, KVL_ERR_IO, "cannot start the HTTP server at %s", http->address);
+    return KVL_OK;
+}
+
+kvl_status kvl_http_start(const kvl_http_options *options, kvl_service *service, kvl_http **http,
+                          kvl_error *error)
+{
+    *http = NULL;
+    kvl_http *made = kvl_alloc_zero(1, sizeof *made);
+    if (made == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for an HTTP server");
+    const kvl_clock *clock = kvl_clock_system();
+    made->service = service;
+    made->listener = -1;
+    made->start_s = clock->wall_ns(clock->context) / KVL_NS_PER_S;
+    (void)pthread_mutex_init(&made->lock, NULL);
+    (void)snprintf(made->model_name, sizeof made->model_name, "%s", options->model_name);
+    const kvl_status status = start(made, options, error);
+    if (status != KVL_OK) {
+        end(made);
+        return status;
+    }
+    *http = made;
+    return KVL_OK;
+}
+
+void kvl_http_stop(kvl_http *http)
+{
+    if (http == NULL) return;
+    atomic_store(&http->is_stopping, true);
+    MHD_stop_daemon(http->daemon);
+    http->listener = -1; /* the daemon has closed it */
+    end(http);
+}
+
+const char *kvl_http_address(const kvl_http *http)
+{
+    return http->address;
+}

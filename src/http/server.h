@@ -1,0 +1,77 @@
+/* http/server.h: what the files around the sockets share. Private to the room. */
+#ifndef KVL_HTTP_SERVER_H
+#define KVL_HTTP_SERVER_H
+
+#include "http/api.h"
+#include "http/http.h"
+#include "http/keys.h"
+
+#include <microhttpd.h>
+#include <pthread.h>
+#include <stdatomic.h>
+
+/* Upper bounds of the buckets of times, in seconds; the last is infinite. */
+#define KVL_HTTP_BUCKETS 12u
+
+typedef struct kvl_http_histogram {
+    uint64_t counts[KVL_HTTP_BUCKETS];
+    double sum;
+} kvl_http_histogram;
+
+typedef enum kvl_http_route {
+    KVL_ROUTE_CHAT,
+    KVL_ROUTE_COMPLETIONS,
+    KVL_ROUTE_RESPONSES,
+    KVL_ROUTE_MODELS,
+    KVL_ROUTE_HEALTH,
+    KVL_ROUTE_READY,
+    KVL_ROUTE_VERSION,
+    KVL_ROUTE_METRICS,
+    KVL_ROUTE_NONE,
+} kvl_http_route;
+
+struct kvl_http {
+    kvl_service *service;
+    kvl_http_keys *keys;
+    struct MHD_Daemon *daemon;
+    int listener;
+    char address[KVL_HTTP_ADDRESS_BYTES + 16];
+    char unix_path[KVL_HTTP_ADDRESS_BYTES]; /* to remove at the end, or "" */
+    char model_name[128];
+    int64_t start_s;
+    _Atomic bool is_stopping;
+    pthread_mutex_t lock;                       /* of what follows */
+    uint64_t n_answered[KVL_ROUTE_NONE + 1][6]; /* by hundreds of the status code */
+    kvl_http_histogram ttft, total;
+};
+
+/* ---- listen.c ---- */
+
+/* Errors   as kvl_http_start */
+KVL_MUST_USE kvl_status kvl_http_listen(kvl_http *http, const char *address, kvl_error *error);
+
+/* ---- completions.c ---- */
+
+/* Answers a whole request: waits, or streams. `tenant` is borrowed for the call. */
+KVL_MUST_USE enum MHD_Result kvl_http_complete(kvl_http *http, struct MHD_Connection *connection,
+                                               kvl_http_route route, const char *tenant,
+                                               const char *body, size_t n_bytes);
+
+/* ---- server.c ---- */
+
+/* Queues a JSON body, which it ends. */
+KVL_MUST_USE enum MHD_Result kvl_http_reply(kvl_http *http, struct MHD_Connection *connection,
+                                            kvl_http_route route, unsigned status, json_t *body);
+KVL_MUST_USE enum MHD_Result kvl_http_reply_error(kvl_http *http, struct MHD_Connection *connection,
+                                                  kvl_http_route route, const kvl_api_error *error);
+
+/* ---- metrics.c ---- */
+
+void kvl_http_count(kvl_http *http, kvl_http_route route, unsigned status);
+void kvl_http_observe(kvl_http *http, const kvl_api_request *request, const kvl_api_answer *answer);
+/* Prometheus text, ended with kvl_free; NULL without memory. */
+char *kvl_http_metrics_text(kvl_http *http);
+/* Whether the engine thread gets on: false with work and no step for half a minute. */
+bool kvl_http_is_ready(kvl_http *http);
+
+#endif /* KVL_HTTP_SERVER_H */

@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""The official `openai` client talks with `kvloom serve --http`: streaming and not, several answers,
+logprobs, errors as its own exceptions, and a conversation that goes on.
+
+    python3 tests/integration/openai_client.py build/release
+
+Exit status 77 where the model is not in the cache or pip cannot fetch the client."""
+import os
+import subprocess
+import sys
+import tempfile
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(os.path.dirname(HERE), "support"))
+import peers  # noqa: E402
+from http_server import MODEL, Server  # noqa: E402
+
+KEY = "a-key-of-this-test-0123"
+
+
+def check_conversation(client):
+    messages = [{"role": "system", "content": "You are the keeper of a lighthouse."},
+                {"role": "user", "content": "What is your first duty at dusk?"}]
+    cached = []
+    for question in ("Why?", "And then?"):
+        answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=24,
+                                                temperature=0)
+        assert answer.choices[0].message.role == "assistant"
+        assert answer.choices[0].message.content
+        assert answer.usage.total_tokens == (answer.usage.prompt_tokens
+                                             + answer.usage.completion_tokens)
+        cached.append(answer.usage.prompt_tokens_details.cached_tokens)
+        messages += [{"role": "assistant", "content": answer.choices[0].message.content},
+                     {"role": "user", "content": question}]
+    # The second turn begins as the first did.
+    assert cached[1] >= 32, cached
+
+
+def check_streaming(client):
+    asked = {"model": MODEL, "max_tokens": 20, "temperature": 0,
+             "messages": [{"role": "user", "content": "Name a colour."}]}
+    whole = client.chat.completions.create(**asked)
+    text, usage = "", None
+    for chunk in client.chat.completions.create(**asked, stream=True,
+                                                stream_options={"include_usage": True}):
+        if chunk.choices and chunk.choices[0].delta.content:
+            text += chunk.choices[0].delta.content
+        usage = chunk.usage or usage
+    assert text == whole.choices[0].message.content
+    assert usage.completion_tokens == whole.usage.completion_tokens
+
+
+def check_completions(client):
+    answer = client.completions.create(model=MODEL, prompt="One, two, three,", max_tokens=8,
+                                       temperature=0, logprobs=2, n=2)
+    assert len(answer.choices) == 2
+    assert answer.choices[0].text == answer.choices[1].text
+    assert "".join(answer.choices[0].logprobs.tokens) == answer.choices[0].text
+    chat = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "hi"}], max_tokens=4, logprobs=True,
+        top_logprobs=3, seed=5, temperature=0.7, top_p=0.9, presence_penalty=0.1,
+        frequency_penalty=0.1, stop=["\n\n"], extra_body={"top_k": 40, "min_p": 0.01})
+    assert all(len(entry.top_logprobs) == 3 for entry in chat.choices[0].logprobs.content)
+
+
+def check_responses(client):
+    asked = {"model": MODEL, "instructions": "Be brief.", "temperature": 0, "max_output_tokens": 12,
+             "input": [{"role": "user", "content": "Name a metal."}]}
+    whole = client.responses.create(**asked)
+    chat = client.chat.completions.create(
+        model=MODEL, temperature=0, max_tokens=12,
+        messages=[{"role": "system", "content": "Be brief."},
+                  {"role": "user", "content": "Name a metal."}])
+    assert whole.output_text == chat.choices[0].message.content
+    assert whole.usage.output_tokens == chat.usage.completion_tokens
+    assert whole.usage.input_tokens == chat.usage.prompt_tokens
+    text, types, numbers = "", [], []
+    for event in client.responses.create(**asked, stream=True):
+        types.append(event.type)
+        numbers.append(event.sequence_number)
+        if event.type == "response.output_text.delta":
+            text += event.delta
+    assert text == whole.output_text
+    assert types[0] == "response.created" and types[-1] == f"response.{whole.status}", types
+    assert numbers == list(range(len(numbers)))
+
+
+def check_models(client):
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+
+
+def check_errors(client):
+    import openai
+    asked = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+    for kind, change in ((openai.BadRequestError, {"temperature": 5}),
+                         (openai.BadRequestError, {"tools": [{"type": "function", "function":
+                                                              {"name": "f"}}]}),
+                         (openai.NotFoundError, {"model": "another"})):
+        try:
+            client.chat.completions.create(**{**asked, **change})
+        except kind as error:
+            assert error.body["message"] and error.param, error
+        else:
+            raise AssertionError(f"{change} was not refused")
+    try:
+        client.with_options(api_key="another-key-0123456789").models.list()
+    except openai.AuthenticationError:
+        return
+    raise AssertionError("a wrong key was let in")
+
+
+def main():
+    kvloom = os.path.abspath(os.path.join(sys.argv[1] if len(sys.argv) > 1 else "build/release",
+                                          "kvloom"))
+    if not os.path.exists(peers.model_path(MODEL)):
+        print(f"{MODEL} is not in the cache: fetch it with kvloom model pull {MODEL}")
+        return 77
+    try:
+        peers.run_again_under("openai", ["openai"])
+    except (subprocess.CalledProcessError, OSError) as error:
+        print(f"the openai client could not be fetched: {error}")
+        return 77
+    import openai
+    n_failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        keys = os.path.join(folder, "keys")
+        with open(keys, "w", encoding="ascii") as out:
+            out.write(f"tests {KEY}\n")
+        with Server(kvloom, "127.0.0.1:0", "--api-keys", keys) as server:
+            client = openai.OpenAI(base_url=server.address + "/v1", api_key=KEY, max_retries=0)
+            for check in (check_conversation, check_streaming, check_completions, check_responses, check_models,
+                          check_errors):
+                try:
+                    check(client)
+                    print(f"{check.__name__}: as promised", flush=True)
+                except AssertionError as error:
+                    n_failed += 1
+                    print(f"{check.__name__}: {error or 'an assertion failed'}", flush=True)
+            client.close()
+    return 1 if n_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
