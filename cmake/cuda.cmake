@@ -32,7 +32,10 @@ function(kvl_cuda)
   add_library(kvl_cuda_kernels STATIC ${kernels})
   kvl_cuda_flags(kvl_cuda_kernels)
   add_library(kvl_cuda_device STATIC ${sources})
-  target_link_libraries(kvl_cuda_device PUBLIC kvl_cuda kvl_cuda_kernels CUDA::cudart_static)
+  target_link_libraries(kvl_cuda_device PUBLIC kvl_cuda kvl_cuda_kernels CUDA::cudart_static
+    CUDA::cublas)
+  # compute names the backend that lives here: whoever links a room gets it.
+  target_link_libraries(kvl_compute INTERFACE kvl_cuda_device)
 endfunction()
 
 # ptxas tells by C7519 that it put a fence before a matrix instruction: not a warning.

@@ -123,6 +123,7 @@ static kvl_status serve(arguments *wanted, signals *waited, kvl_error *error)
     wanted->host.engine.model_path = path;
     wanted->host.engine.n_threads = wanted->engine.n_threads;
     wanted->host.engine.n_positions = wanted->engine.n_positions;
+    wanted->host.engine.device = kvl_cli_device(&wanted->engine);
     wanted->host.engine.variant = wanted->engine.variant;
     wanted->host.peers = wanted->peers;
     KVL_TRY(kvl_host_create(&wanted->host, &waited->host, error));
