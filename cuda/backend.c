@@ -3,6 +3,8 @@
  * One stream takes everything in order; the host waits only where it is given numbers. Weights are
  * bf16, sums and activations float, pages bf16 (cuda/work.h). A failing driver call ends the
  * process: operations have no way to fail, and a device that fails one will fail all that follow. */
+#include "cuda/backend.h"
+
 #include "base/alloc.h"
 #include "base/log.h"
 #include "cuda/attention.h"
@@ -377,6 +379,12 @@ static const kvl_backend_ops cuda_ops = {
     .synchronize = synchronize,
     .destroy = destroy,
 };
+
+cudaStream_t kvl_cuda_backend_stream(const kvl_backend *backend)
+{
+    KVL_ASSERT(backend->ops == &cuda_ops);
+    return ((const cuda_backend *)(const void *)backend)->stream;
+}
 
 static kvl_status choose_device(uint32_t number, kvl_error *error)
 {

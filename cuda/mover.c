@@ -168,6 +168,11 @@ kvl_status kvl_cuda_mover_order(kvl_cuda_mover *mover, cudaStream_t stream, kvl_
     return kvl_cuda_check(cudaStreamWaitEvent(stream, mover->loaded, 0), "loading KV", error);
 }
 
+kvl_status kvl_cuda_mover_mark(kvl_cuda_mover *mover, cudaEvent_t event, kvl_error *error)
+{
+    return kvl_cuda_check(cudaEventRecord(event, mover->in.stream), "loading KV", error);
+}
+
 kvl_status kvl_cuda_mover_finish(kvl_cuda_mover *mover, kvl_error *error)
 {
     KVL_TRY(kvl_cuda_check(cudaStreamSynchronize(mover->in.stream), "loading KV", error));

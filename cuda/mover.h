@@ -37,6 +37,10 @@ KVL_MUST_USE kvl_status kvl_cuda_mover_store(kvl_cuda_mover *mover, void *host, 
 /* What `stream` is given from now on runs after all loads so far. */
 KVL_MUST_USE kvl_status kvl_cuda_mover_order(kvl_cuda_mover *mover, cudaStream_t stream,
                                              kvl_error *error);
+/* Records an event of the caller's behind all loads so far, for streams that come to it later:
+ * so a whole segment is asked for at once, and each layer waits for its own part only. */
+KVL_MUST_USE kvl_status kvl_cuda_mover_mark(kvl_cuda_mover *mover, cudaEvent_t event,
+                                            kvl_error *error);
 /* Waits until everything so far is done, both ways. */
 KVL_MUST_USE kvl_status kvl_cuda_mover_finish(kvl_cuda_mover *mover, kvl_error *error);
 

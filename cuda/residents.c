@@ -193,7 +193,14 @@ kvl_status kvl_cuda_resident_matrix(kvl_cuda_residents *residents, const kvl_mat
     KVL_TRY(enter(residents, matrix->data, n_bytes, "weights", &memory, &is_new, error));
     *device = memory;
     if (!is_new) return KVL_OK;
-    const kvl_status status = fill_matrix(residents, matrix, memory, error);
+    kvl_status status = KVL_OK;
+    if (matrix->dtype == KVL_DTYPE_BF16 && matrix->row_bytes * matrix->n_outputs == n_bytes) {
+        status = kvl_cuda_check(cudaMemcpyAsync(memory, matrix->data, n_bytes,
+                                                cudaMemcpyHostToDevice, residents->stream),
+                                "sending weights", error);
+    } else {
+        status = fill_matrix(residents, matrix, memory, error);
+    }
     if (status != KVL_OK) leave(residents, matrix->data);
     return status;
 }

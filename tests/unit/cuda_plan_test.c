@@ -15,7 +15,7 @@
 
 #include <math.h>
 
-enum { WORLDS = 40, N_BLOCKS_MAX = 132 };
+enum { WORLDS = 16, N_BLOCKS_MAX = 132 };
 
 /* One query head of one row, as far as it has come. */
 typedef struct state {
