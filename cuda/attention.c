@@ -1,7 +1,8 @@
-/* cuda/attention.c: sends plans to the device, in one copy each, and launches layers. */
+/* cuda/attention.c: sends plans to the device, in one launch each, and launches layers. */
 #include "cuda/attention.h"
 
 #include "base/alloc.h"
+#include "cuda/operations.h"
 
 #include <string.h>
 
@@ -135,8 +136,9 @@ static kvl_status send(kvl_cuda_step *step, part *parts, cudaStream_t stream, kv
     for (uint32_t i = 0; i < PARTS; i++)
         if (parts[i].n_bytes != 0)
             memcpy(step->staging.bytes + parts[i].offset, parts[i].from, parts[i].n_bytes);
-    KVL_TRY(kvl_cuda_check(cudaMemcpyAsync(step->device.bytes, step->staging.bytes, n_bytes,
-                                           cudaMemcpyHostToDevice, stream),
+    KVL_TRY(kvl_cuda_check(kvl_cuda_copy_words(n_bytes / sizeof(uint32_t),
+                                               (const uint32_t *)(const void *)step->staging.bytes,
+                                               (uint32_t *)(void *)step->device.bytes, stream),
                            "sending a plan", error));
     return kvl_cuda_check(cudaEventRecord(step->sent, stream), "sending a plan", error);
 }
@@ -193,15 +195,17 @@ kvl_status kvl_cuda_step_make(kvl_cuda_step *step, const kvl_attend_call *call, 
         .n_kv_heads = n_kv_heads,
         .head_dim = head_dim,
         .n_blocks = step->n_blocks,
+        .is_first = true,
     };
     return make_room(step, v.n_slots, error);
 }
 
-kvl_status kvl_cuda_step_run(const kvl_cuda_step *step, const void *kv, const void *queries,
-                             void *out, bool float_numbers, uint32_t variant, cudaStream_t stream,
+kvl_status kvl_cuda_step_run(kvl_cuda_step *step, const void *kv, const void *queries, void *out,
+                             bool float_numbers, uint32_t variant, cudaStream_t stream,
                              kvl_error *error)
 {
     kvl_cuda_attention work = step->work;
+    step->work.is_first = false;
     work.kv = kv;
     work.queries = queries;
     work.out = out;

@@ -32,9 +32,9 @@ KVL_MUST_USE kvl_status kvl_cuda_step_make(kvl_cuda_step *step, const kvl_attend
  * [n_rows][n_heads][head_dim], float where `float_numbers`, otherwise bf16; device memory.
  * variant  0, or another of kvl_cuda_attention_launch
  * Errors   KVL_ERR_IO: the launch was refused */
-KVL_MUST_USE kvl_status kvl_cuda_step_run(const kvl_cuda_step *step, const void *kv,
-                                          const void *queries, void *out, bool float_numbers,
-                                          uint32_t variant, cudaStream_t stream, kvl_error *error);
+KVL_MUST_USE kvl_status kvl_cuda_step_run(kvl_cuda_step *step, const void *kv, const void *queries,
+                                          void *out, bool float_numbers, uint32_t variant,
+                                          cudaStream_t stream, kvl_error *error);
 
 uint64_t kvl_cuda_step_generation(const kvl_cuda_step *step);
 kvl_cuda_plan_view kvl_cuda_step_plan(const kvl_cuda_step *step);

@@ -67,6 +67,8 @@ cudaError_t launch(const kvl_cuda_attention *work, uint32_t options, cudaStream_
     if (error != cudaSuccess) return error;
     kvl_cuda_attention all = *work;
     if (options & UNMERGED) all.n_merges = 0;
+    /* Works are read before what comes ahead has ended, see wait_for_launch. */
+    if (work->is_first) options &= ~(uint32_t)OVERLAPPED;
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
     if (!(options & OVERLAPPED)) {

@@ -41,6 +41,9 @@ typedef struct cuda_backend {
     region regions[REGIONS_MAX]; /* of memory_create */
     uint32_t n_regions;
     region rooms[ROOMS];
+    /* ROOM_ROUNDED holds these rows as bf16, until an operation may have changed them. */
+    const float *twin; /* NULL: nothing */
+    size_t n_twin;
     step steps[STEPS]; /* the latest first */
     int number;
 } cuda_backend;
@@ -70,6 +73,14 @@ static cuda_backend *cuda_of(kvl_backend *backend)
     return cuda;
 }
 
+/* As cuda_of, for operations that write rows. */
+static cuda_backend *cuda_to_write(kvl_backend *backend)
+{
+    cuda_backend *cuda = cuda_of(backend);
+    cuda->twin = NULL;
+    return cuda;
+}
+
 static bool is_device(const cuda_backend *cuda, const void *memory)
 {
     for (uint32_t i = 0; i < cuda->n_regions; i++) {
@@ -84,7 +95,7 @@ static bool is_device(const cuda_backend *cuda, const void *memory)
 
 static void *memory_create(kvl_backend *backend, size_t n_bytes)
 {
-    cuda_backend *cuda = cuda_of(backend);
+    cuda_backend *cuda = cuda_to_write(backend);
     void *memory = NULL;
     if (cuda->n_regions == REGIONS_MAX) return NULL;
     if (cudaMalloc(&memory, n_bytes) != cudaSuccess) {
@@ -99,7 +110,7 @@ static void *memory_create(kvl_backend *backend, size_t n_bytes)
 static void memory_destroy(kvl_backend *backend, void *memory)
 {
     if (memory == NULL) return;
-    cuda_backend *cuda = cuda_of(backend);
+    cuda_backend *cuda = cuda_to_write(backend);
     for (uint32_t i = 0; i < cuda->n_regions; i++) {
         if (cuda->regions[i].first != memory) continue;
         cuda->regions[i] = cuda->regions[--cuda->n_regions];
@@ -181,7 +192,7 @@ static kvl_status weights_load(kvl_backend *backend, const kvl_matrix *weights, 
 static void rows_keep(kvl_backend *backend, uint32_t n_rows, uint32_t width, const uint32_t *from,
                       float *rows)
 {
-    cuda_backend *cuda = cuda_of(backend);
+    cuda_backend *cuda = cuda_to_write(backend);
     const size_t n_bytes = (size_t)n_rows * width * sizeof(float);
     float *kept = room_of(cuda, ROOM_OTHER, n_bytes);
     must_run(kvl_cuda_gather_rows(n_rows, width, bring_indices(cuda, from, n_rows), rows, kept,
@@ -205,15 +216,24 @@ static void multiply(cuda_backend *cuda, const kvl_matrix *weights, uint32_t n_r
     if (status != CUBLAS_STATUS_SUCCESS) end(cublasGetStatusString(status));
 }
 
+/* Rows as bf16. Norms and gates have rounded what they wrote, and a result never overlaps x. */
+static const void *round_rows(cuda_backend *cuda, const float *x, size_t n)
+{
+    if (cuda->twin == x && cuda->n_twin >= n) return cuda->rooms[ROOM_ROUNDED].first;
+    const float *rows = bring(cuda, ROOM_INPUT, x, n);
+    void *rounded = room_of(cuda, ROOM_ROUNDED, n * sizeof(uint16_t));
+    must_run(kvl_cuda_narrow(n, rows, rounded, cuda->stream), "rounding rows");
+    cuda->twin = NULL; /* the host's rows may change unseen */
+    return rounded;
+}
+
 static void matmul(kvl_backend *backend, const kvl_matmul_job *jobs, size_t n_jobs, uint32_t n_rows,
                    const float *x)
 {
     if (n_jobs == 0 || n_rows == 0) return;
     cuda_backend *cuda = cuda_of(backend);
     const size_t n_inputs = (size_t)n_rows * jobs[0].weights->n_inputs;
-    const float *rows = bring(cuda, ROOM_INPUT, x, n_inputs);
-    void *rounded = room_of(cuda, ROOM_ROUNDED, n_inputs * sizeof(uint16_t));
-    must_run(kvl_cuda_narrow(n_inputs, rows, rounded, cuda->stream), "rounding rows");
+    const void *rounded = round_rows(cuda, x, n_inputs);
     for (size_t i = 0; i < n_jobs; i++) {
         const kvl_matmul_job *job = &jobs[i];
         const uint32_t width = job->weights->n_outputs;
@@ -235,16 +255,19 @@ static void matmul(kvl_backend *backend, const kvl_matmul_job *jobs, size_t n_jo
 static void rms_norm(kvl_backend *backend, uint32_t n_rows, uint32_t width, const float *x,
                      const float *weight, float epsilon, float *y)
 {
-    cuda_backend *cuda = cuda_of(backend);
+    cuda_backend *cuda = cuda_to_write(backend);
+    const size_t n = (size_t)n_rows * width;
     must_run(kvl_cuda_rms_norm(n_rows, width, x, bring_floats(cuda, weight, width), epsilon, y,
-                               cuda->stream),
+                               room_of(cuda, ROOM_ROUNDED, n * sizeof(uint16_t)), cuda->stream),
              "normalising rows");
+    cuda->twin = y;
+    cuda->n_twin = n;
 }
 
 static void rotate(kvl_backend *backend, const kvl_rotation *rotation, uint32_t n_rows,
                    const uint32_t *positions, uint32_t n_heads, uint32_t head_dim, float *rows)
 {
-    cuda_backend *cuda = cuda_of(backend);
+    cuda_backend *cuda = cuda_to_write(backend);
     const size_t n = (size_t)n_rows * n_heads * head_dim;
     kvl_cuda_rotation tables;
     kvl_error error;
@@ -262,13 +285,18 @@ static void rotate(kvl_backend *backend, const kvl_rotation *rotation, uint32_t 
 
 static void silu_multiply(kvl_backend *backend, size_t n, float *gate, const float *up)
 {
-    must_run(kvl_cuda_silu_multiply(n, gate, up, cuda_of(backend)->stream), "gating rows");
+    cuda_backend *cuda = cuda_to_write(backend);
+    must_run(kvl_cuda_silu_multiply(n, gate, up, room_of(cuda, ROOM_ROUNDED, n * sizeof(uint16_t)),
+                                    cuda->stream),
+             "gating rows");
+    cuda->twin = gate;
+    cuda->n_twin = n;
 }
 
 static void embed(kvl_backend *backend, const kvl_matrix *table, uint32_t n_rows,
                   const uint32_t *ids, float *out)
 {
-    cuda_backend *cuda = cuda_of(backend);
+    cuda_backend *cuda = cuda_to_write(backend);
     const size_t n = (size_t)n_rows * table->n_inputs;
     float *made = target(cuda, ROOM_OUTPUT, out, n);
     must_run(kvl_cuda_embed(n_rows, table->n_inputs, bring_indices(cuda, ids, n_rows),
@@ -301,7 +329,7 @@ static void pages_write(kvl_backend *backend, const kvl_pages *pages, uint32_t l
 static void pages_read(kvl_backend *backend, const kvl_pages *pages, uint32_t layer,
                        uint32_t n_rows, const uint32_t *slots, float *keys, float *values)
 {
-    cuda_backend *cuda = cuda_of(backend);
+    cuda_backend *cuda = cuda_to_write(backend);
     const size_t n = (size_t)n_rows * pages->n_kv_heads * pages->head_dim;
     float *k = target(cuda, ROOM_OUTPUT, keys, n);
     float *v = target(cuda, ROOM_OTHER, values, n);
@@ -314,7 +342,7 @@ static void pages_read(kvl_backend *backend, const kvl_pages *pages, uint32_t la
 }
 
 /* The device's copy of the plan, made at its first layer. */
-static const kvl_cuda_step *step_of(cuda_backend *cuda, const kvl_attend_call *call)
+static kvl_cuda_step *step_of(cuda_backend *cuda, const kvl_attend_call *call)
 {
     for (uint32_t i = 0; i < STEPS; i++)
         if (cuda->steps[i].serial == call->serial) return cuda->steps[i].step;
@@ -330,7 +358,7 @@ static const kvl_cuda_step *step_of(cuda_backend *cuda, const kvl_attend_call *c
 
 static void attend(kvl_backend *backend, const kvl_attend_call *call)
 {
-    cuda_backend *cuda = cuda_of(backend);
+    cuda_backend *cuda = cuda_to_write(backend);
     kvl_error error;
     must(kvl_cuda_step_run(step_of(cuda, call), layer_of(call->pages, call->layer), call->queries,
                            call->out, true, 0, cuda->stream, &error),
@@ -349,8 +377,10 @@ static void destroy(kvl_backend *backend)
 {
     if (backend == NULL) return;
     cuda_backend *cuda = (cuda_backend *)(void *)backend;
-    (void)cudaSetDevice(cuda->number);
-    (void)cudaDeviceSynchronize();
+    if (cuda->stream != NULL) {
+        (void)cudaSetDevice(cuda->number);
+        (void)cudaStreamSynchronize(cuda->stream);
+    }
     for (uint32_t i = 0; i < STEPS; i++) kvl_cuda_step_destroy(cuda->steps[i].step);
     kvl_cuda_residents_destroy(cuda->residents);
     for (uint32_t i = 0; i < ROOMS; i++) (void)cudaFree(cuda->rooms[i].first);
@@ -420,10 +450,10 @@ static kvl_status create_blas(cuda_backend *cuda, kvl_error *error)
 static kvl_status create_parts(cuda_backend *cuda, kvl_pool *pool, kvl_error *error)
 {
     KVL_TRY(choose_device((uint32_t)cuda->number, error));
-    for (uint32_t i = 0; i < STEPS; i++)
-        KVL_TRY(kvl_cuda_step_create(0, &cuda->steps[i].step, error));
     KVL_TRY(kvl_cuda_check(cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking),
                            "creating a CUDA stream", error));
+    for (uint32_t i = 0; i < STEPS; i++)
+        KVL_TRY(kvl_cuda_step_create(0, &cuda->steps[i].step, error));
     KVL_TRY(create_blas(cuda, error));
     KVL_TRY(kvl_backend_cpu_create(pool, KVL_CPU_BEST, &cuda->host, error));
     return kvl_cuda_residents_create(cuda->host, cuda->stream, &cuda->residents, error);

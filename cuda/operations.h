@@ -12,6 +12,10 @@
 extern "C" {
 #endif
 
+/* n words, from pinned host memory too. By a kernel and not by the copy engine, where a plan of some
+ * kilobytes would wait for all KV that has been asked for before. */
+cudaError_t kvl_cuda_copy_words(size_t n, const uint32_t *from, uint32_t *to, cudaStream_t stream);
+
 /* n floats to bf16, to nearest. */
 cudaError_t kvl_cuda_narrow(size_t n, const float *from, void *to, cudaStream_t stream);
 
@@ -19,17 +23,19 @@ cudaError_t kvl_cuda_narrow(size_t n, const float *from, void *to, cudaStream_t 
 cudaError_t kvl_cuda_bias(uint32_t n_rows, uint32_t width, const float *bias, int add, float *y,
                           cudaStream_t stream);
 
-/* y[r] = x[r] / sqrt(mean(x[r]^2) + epsilon) * weight */
+/* y[r] = x[r] / sqrt(mean(x[r]^2) + epsilon) * weight; rounded: the same as bf16, for the product
+ * that follows. */
 cudaError_t kvl_cuda_rms_norm(uint32_t n_rows, uint32_t width, const float *x, const float *weight,
-                              float epsilon, float *y, cudaStream_t stream);
+                              float epsilon, float *y, void *rounded, cudaStream_t stream);
 
 /* RoPE in place: rows [n_rows][n_heads][head_dim], positions [n_rows]. */
 cudaError_t kvl_cuda_rotate(const kvl_cuda_rotation *rotation, uint32_t n_rows,
                             const uint32_t *positions, uint32_t n_heads, uint32_t head_dim,
                             float *rows, cudaStream_t stream);
 
-/* gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i] */
-cudaError_t kvl_cuda_silu_multiply(size_t n, float *gate, const float *up, cudaStream_t stream);
+/* gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i]; rounded: as above. */
+cudaError_t kvl_cuda_silu_multiply(size_t n, float *gate, const float *up, void *rounded,
+                                   cudaStream_t stream);
 
 /* out[r] = row ids[r] of a bf16 table. width: a multiple of 2. */
 cudaError_t kvl_cuda_embed(uint32_t n_rows, uint32_t width, const uint32_t *ids, const void *table,

@@ -19,6 +19,11 @@ static uint32_t blocks_for(size_t n)
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < (n);                        \
          i += (size_t)gridDim.x * blockDim.x)
 
+__global__ void copy_words(size_t n, const uint32_t *from, uint32_t *to)
+{
+    KVL_FOR_EACH(i, n) to[i] = from[i];
+}
+
 __global__ void narrow(size_t n, const float *from, __nv_bfloat16 *to)
 {
     KVL_FOR_EACH(i, n) to[i] = __float2bfloat16(from[i]);
@@ -41,7 +46,8 @@ __global__ void set_bias(size_t n, uint32_t width, const float *bias, int add, f
 }
 
 __global__ void __launch_bounds__(THREADS)
-    rms_norm(uint32_t width, const float *x, const float *weight, float epsilon, float *y)
+    rms_norm(uint32_t width, const float *x, const float *weight, float epsilon, float *y,
+             __nv_bfloat16 *rounded)
 {
     __shared__ float sums[THREADS / WARP];
     const float *row = x + (size_t)blockIdx.x * width;
@@ -54,7 +60,11 @@ __global__ void __launch_bounds__(THREADS)
     sum = 0.0f;
     for (int i = 0; i < THREADS / WARP; i++) sum += sums[i];
     const float scale = rsqrtf(sum / (float)width + epsilon);
-    for (uint32_t i = threadIdx.x; i < width; i += THREADS) out[i] = row[i] * scale * weight[i];
+    for (uint32_t i = threadIdx.x; i < width; i += THREADS) {
+        const float number = row[i] * scale * weight[i];
+        out[i] = number;
+        rounded[(size_t)blockIdx.x * width + i] = __float2bfloat16(number);
+    }
 }
 
 /* A thread: one pair of one head of one row. */
@@ -77,12 +87,14 @@ __global__ void rotate_rows(const kvl_cuda_rotation r, size_t n, uint32_t n_head
     }
 }
 
-__global__ void silu_multiply(size_t n, float *gate, const float *up)
+__global__ void silu_multiply(size_t n, float *gate, const float *up, __nv_bfloat16 *rounded)
 {
     KVL_FOR_EACH(i, n)
     {
         const float g = gate[i];
-        gate[i] = g / (1.0f + __expf(-g)) * up[i];
+        const float number = g / (1.0f + __expf(-g)) * up[i];
+        gate[i] = number;
+        rounded[i] = __float2bfloat16(number);
     }
 }
 
@@ -157,6 +169,14 @@ __global__ void pages_read(size_t n, uint32_t n_kv_heads, uint32_t head_dim, con
 
 using namespace kvl;
 
+extern "C" cudaError_t kvl_cuda_copy_words(size_t n, const uint32_t *from, uint32_t *to,
+                                           cudaStream_t stream)
+{
+    if (n == 0) return cudaSuccess;
+    copy_words<<<blocks_for(n), THREADS, 0, stream>>>(n, from, to);
+    return cudaGetLastError();
+}
+
 extern "C" cudaError_t kvl_cuda_narrow(size_t n, const float *from, void *to, cudaStream_t stream)
 {
     if (n == 0) return cudaSuccess;
@@ -179,10 +199,11 @@ extern "C" cudaError_t kvl_cuda_bias(uint32_t n_rows, uint32_t width, const floa
 
 extern "C" cudaError_t kvl_cuda_rms_norm(uint32_t n_rows, uint32_t width, const float *x,
                                          const float *weight, float epsilon, float *y,
-                                         cudaStream_t stream)
+                                         void *rounded, cudaStream_t stream)
 {
     if (n_rows == 0) return cudaSuccess;
-    rms_norm<<<n_rows, THREADS, 0, stream>>>(width, x, weight, epsilon, y);
+    rms_norm<<<n_rows, THREADS, 0, stream>>>(width, x, weight, epsilon, y,
+                                             (__nv_bfloat16 *)rounded);
     return cudaGetLastError();
 }
 
@@ -197,11 +218,11 @@ extern "C" cudaError_t kvl_cuda_rotate(const kvl_cuda_rotation *rotation, uint32
     return cudaGetLastError();
 }
 
-extern "C" cudaError_t kvl_cuda_silu_multiply(size_t n, float *gate, const float *up,
+extern "C" cudaError_t kvl_cuda_silu_multiply(size_t n, float *gate, const float *up, void *rounded,
                                               cudaStream_t stream)
 {
     if (n == 0) return cudaSuccess;
-    silu_multiply<<<blocks_for(n), THREADS, 0, stream>>>(n, gate, up);
+    silu_multiply<<<blocks_for(n), THREADS, 0, stream>>>(n, gate, up, (__nv_bfloat16 *)rounded);
     return cudaGetLastError();
 }
 

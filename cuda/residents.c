@@ -24,7 +24,8 @@ typedef struct table {
 } table;
 
 typedef struct indices {
-    uint32_t *host; /* what the device has */
+    uint32_t *host; /* pinned: what the device has, or is about to read */
+    cudaEvent_t sent;
     uint32_t *device;
     uint32_t n;
     uint32_t n_max;
@@ -64,7 +65,8 @@ void kvl_cuda_residents_destroy(kvl_cuda_residents *residents)
     }
     for (uint32_t i = 0; i < INDEX_SLOTS; i++) {
         (void)cudaFree(residents->slots[i].device);
-        kvl_free(residents->slots[i].host);
+        (void)cudaFreeHost(residents->slots[i].host);
+        if (residents->slots[i].sent != NULL) (void)cudaEventDestroy(residents->slots[i].sent);
     }
     kvl_free(residents->items);
     kvl_free(residents->tables);
@@ -297,13 +299,21 @@ kvl_status kvl_cuda_resident_rotation(kvl_cuda_residents *residents, const kvl_r
 
 static kvl_status grow_indices(indices *slot, uint32_t n, kvl_error *error)
 {
+    if (slot->sent == NULL)
+        KVL_TRY(kvl_cuda_check(cudaEventCreateWithFlags(&slot->sent, cudaEventDisableTiming),
+                               "creating a CUDA event", error));
+    /* What was sent last may not have been read yet. */
+    KVL_TRY(kvl_cuda_check(cudaEventSynchronize(slot->sent), "sending indices", error));
     if (n <= slot->n_max) return KVL_OK;
     (void)cudaFree(slot->device);
-    kvl_free(slot->host);
+    (void)cudaFreeHost(slot->host);
     slot->device = NULL;
+    slot->host = NULL;
     slot->n_max = 0;
-    slot->host = kvl_alloc(n * sizeof *slot->host);
-    if (slot->host == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for indices");
+    void *host = NULL;
+    KVL_TRY(kvl_cuda_check(cudaMallocHost(&host, n * sizeof *slot->host),
+                           "pinned memory for indices", error));
+    slot->host = host;
     void *device = NULL;
     KVL_TRY(allocate(n * sizeof *slot->device, "indices", &device, error));
     slot->device = device;
@@ -327,9 +337,10 @@ kvl_status kvl_cuda_resident_indices(kvl_cuda_residents *residents, const uint32
     slot->n = 0;
     KVL_TRY(grow_indices(slot, n, error));
     memcpy(slot->host, numbers, n * sizeof *numbers);
-    KVL_TRY(kvl_cuda_check(cudaMemcpyAsync(slot->device, slot->host, n * sizeof *numbers,
-                                           cudaMemcpyHostToDevice, residents->stream),
+    KVL_TRY(kvl_cuda_check(kvl_cuda_copy_words(n, slot->host, slot->device, residents->stream),
                            "sending indices", error));
+    KVL_TRY(
+        kvl_cuda_check(cudaEventRecord(slot->sent, residents->stream), "sending indices", error));
     slot->n = n;
     *device = slot->device;
     return KVL_OK;

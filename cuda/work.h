@@ -84,6 +84,7 @@ typedef struct kvl_cuda_attention {
     uint32_t head_dim;      /* 64 or 128 */
     uint32_t n_blocks;      /* thread blocks, at most the multiprocessors of the device */
     uint32_t float_numbers; /* queries and out are float; otherwise bf16 */
+    uint32_t is_first;      /* launch of this plan: it may not begin before the plan is there */
 } kvl_cuda_attention;
 
 /* Where dimension `dim` of token 0 .. 15 of a page stands, counted in numbers from the start of its

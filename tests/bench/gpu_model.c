@@ -1,15 +1,16 @@
 /* gpu_model.c: a whole model of the shape of Llama-3.1-8B on the CUDA backend: prefill, decoding
  * with a shared prefix, selective recompute with KV streaming in.
  *
- *   gpu-model [--json] [--random-weights llama-8b]
+ *   gpu-model [--json] [--random-weights llama-8b] [--torch MS,MS,MS] [--torch-attention MS,MS,MS]
  *
  * Random bf16 weights of the right sizes; the walk over the layers is that of forward/, all rows in
  * one cut, through the backend's table of operations. Milliseconds of the host's clock from the
- * first call to the logits, median after warm-up. torch: eager prefill of the same shape, measured
- * on an H100 80GB HBM3 on 2026-11-24, not in this run.
- * Selective recompute: layers 0 and 1 for all tokens, the others for 15 % of them, chosen at
- * random and the last one; their KV comes from pinned memory, layer by layer, and is rotated into
- * pages. Choosing tokens by their deviation is not part of it. */
+ * first call to the logits, median after warm-up. torch: eager prefill of the same shape; given by
+ * --torch it was measured beside (tests/bench/peer_torch_prefill.py), otherwise it is what an H100
+ * 80GB HBM3 took on 2026-11-24. Ratios of attention need --torch-attention.
+ * Selective recompute: layer 0 and the keys and values of layer 1 for all tokens, the rest for 15 %
+ * of them, chosen at random and the last one; KV of layers 2 to 31 comes from pinned memory and is
+ * rotated into pages. Choosing tokens by their deviation is not part of it. */
 #include "attention/attention.h"
 #include "base/alloc.h"
 #include "base/clock.h"
@@ -187,19 +188,27 @@ static bench *make_bench(void)
 
 /* --- one step --- */
 
-static void walk_layer(bench *b, const batch *t, uint32_t l)
+/* Keys and values, and queries where the rows go on. */
+static void project(bench *b, const batch *t, uint32_t l, bool with_queries)
+{
+    const kvl_backend_ops *ops = b->ops;
+    kvl_backend *k = b->backend;
+    const layer *y = &b->layers[l];
+    ops->rms_norm(k, t->n_rows, WIDTH, b->stream, b->norm, 1e-5F, b->normed);
+    const kvl_matmul_job inputs[] = {{&y->key, NULL, b->keys, false},
+                                     {&y->value, NULL, b->values, false},
+                                     {&y->query, NULL, b->queries, false}};
+    ops->matmul(k, inputs, with_queries ? 3 : 2, t->n_rows, b->normed);
+    ops->rotate(k, b->rotation, t->n_rows, b->positions, N_KV_HEADS, HEAD_DIM, b->keys);
+    ops->pages_write(k, &t->pages, l, t->n_rows, b->slots, b->keys, b->values);
+}
+
+static void attend_and_gate(bench *b, const batch *t, uint32_t l)
 {
     const kvl_backend_ops *ops = b->ops;
     kvl_backend *k = b->backend;
     const layer *y = &b->layers[l];
     const uint32_t n = t->n_rows;
-    ops->rms_norm(k, n, WIDTH, b->stream, b->norm, 1e-5F, b->normed);
-    const kvl_matmul_job inputs[] = {{&y->key, NULL, b->keys, false},
-                                     {&y->value, NULL, b->values, false},
-                                     {&y->query, NULL, b->queries, false}};
-    ops->matmul(k, inputs, 3, n, b->normed);
-    ops->rotate(k, b->rotation, n, b->positions, N_KV_HEADS, HEAD_DIM, b->keys);
-    ops->pages_write(k, &t->pages, l, n, b->slots, b->keys, b->values);
     ops->rotate(k, b->rotation, n, b->positions, N_HEADS, HEAD_DIM, b->queries);
     kvl_attention_run(b->plan, k, &t->pages, l, N_HEADS, b->queries, b->attended);
     const kvl_matmul_job output = {&y->output, NULL, b->stream, true};
@@ -210,6 +219,12 @@ static void walk_layer(bench *b, const batch *t, uint32_t l)
     ops->silu_multiply(k, (size_t)n * FEED_FORWARD, b->gate, b->up);
     const kvl_matmul_job down = {&y->down, NULL, b->stream, true};
     ops->matmul(k, &down, 1, n, b->gate);
+}
+
+static void walk_layer(bench *b, const batch *t, uint32_t l)
+{
+    project(b, t, l, true);
+    attend_and_gate(b, t, l);
 }
 
 /* Plans the rows of the batch and says where their KV goes. */
@@ -408,6 +423,22 @@ static void stream_layer(bench *b, const blend *d, const batch *full, uint32_t l
     GPU_MUST(kvl_cuda_place_launch(&place, stream));
 }
 
+/* The last full layer: keys and values of all tokens, by which the few would be chosen; nobody
+ * reads what else it makes of the others. Returns the few. */
+static const batch *narrow_down(bench *b, const blend *d, const batch *full, uint32_t l)
+{
+    const batch *few = &d->few;
+    project(b, full, l, false);
+    for (uint32_t i = 0; i < few->n_rows; i++) b->kept[i] = few->rows[i].position;
+    b->ops->rows_keep(b->backend, few->n_rows, WIDTH, b->kept, b->stream);
+    b->ops->rows_keep(b->backend, few->n_rows, WIDTH, b->kept, b->normed);
+    plan(b, few);
+    const kvl_matmul_job queries = {&b->layers[l].query, NULL, b->queries, false};
+    b->ops->matmul(b->backend, &queries, 1, few->n_rows, b->normed);
+    attend_and_gate(b, few, l);
+    return few;
+}
+
 /* n_full layers for all tokens, the others for few; `load`: the KV comes from the host, otherwise
  * it is on the device already. */
 static double blend_ms(bench *b, const blend *d, const batch *full, uint32_t n_full, bool load)
@@ -418,14 +449,12 @@ static double blend_ms(bench *b, const blend *d, const batch *full, uint32_t n_f
     plan(b, t);
     b->ops->embed(b->backend, &b->vocabulary, t->n_rows, b->tokens, b->stream);
     for (uint32_t l = 0; l < N_LAYERS; l++) {
-        if (l == n_full && n_full > 0) {
-            t = &d->few;
-            for (uint32_t i = 0; i < t->n_rows; i++) b->kept[i] = t->rows[i].position;
-            b->ops->rows_keep(b->backend, t->n_rows, WIDTH, b->kept, b->stream);
-            plan(b, t);
-        }
         if (l >= n_full) stream_layer(b, d, full, l, load);
-        walk_layer(b, t, l);
+        if (l + 1 == n_full) {
+            t = narrow_down(b, d, full, l);
+        } else {
+            walk_layer(b, t, l);
+        }
     }
     finish(b, t->n_rows, 1);
     return kvl_ns_to_ms(kvl_clock_now(kvl_clock_system()) - from);
@@ -466,11 +495,25 @@ static blended measure_blend(bench *b, const batch *full, uint32_t n_repeats)
 typedef struct prompt {
     uint32_t n_tokens;
     double torch_ms;
-    const char *name;
+    double torch_attention_ms; /* 0: not measured */
 } prompt;
 
-static const prompt prompts[] = {{1024, 29.5, "1k"}, {4096, 122.2, "4k"}, {8192, 273.6, "8k"}};
+static prompt prompts[] = {{1024, 29.5, 0}, {4096, 122.2, 0}, {8192, 273.6, 0}};
 enum { N_PROMPTS = sizeof prompts / sizeof *prompts };
+
+/* Three numbers with commas between. */
+static void parse_times(const char *text, double times[N_PROMPTS])
+{
+    for (uint32_t i = 0; i < N_PROMPTS; i++) {
+        char *end = NULL;
+        times[i] = strtod(text, &end);
+        if (end == text || !(times[i] > 0) || *end != (i + 1 < N_PROMPTS ? ',' : '\0')) {
+            (void)fprintf(stderr, "%s: three numbers with commas between are wanted\n", text);
+            exit(2);
+        }
+        text = end + 1;
+    }
+}
 
 static void report_prompts(bench *b, double (*figures)[N_PROMPTS])
 {
@@ -483,15 +526,16 @@ static void report_prompts(bench *b, double (*figures)[N_PROMPTS])
         const blended d = measure_blend(b, &full, n_repeats);
         const double overlap = d.ttft / (d.load > d.resident ? d.load : d.resident);
         printf("    {\"what\": \"prefill\", \"tokens\": %u, \"ms\": %.2f, \"torch_ms\": %.1f, "
-               "\"attention_ms_a_layer\": %.3f},\n"
+               "\"attention_ms_a_layer\": %.3f, \"torch_attention_ms\": %.3f},\n"
                "    {\"what\": \"recompute 15 %%\", \"tokens\": %u, \"ttft_ms\": %.2f, "
                "\"resident_ms\": %.2f, \"load_ms\": %.2f, \"no_full_layer_ms\": %.2f},\n",
-               p->n_tokens, ms, p->torch_ms, attention, p->n_tokens, d.ttft, d.resident, d.load,
-               d.few_only);
+               p->n_tokens, ms, p->torch_ms, attention, p->torch_attention_ms, p->n_tokens, d.ttft,
+               d.resident, d.load, d.few_only);
         (void)fflush(stdout);
         figures[0][i] = p->torch_ms / ms;
         figures[1][i] = ms / d.ttft;
         figures[2][i] = overlap;
+        figures[3][i] = p->torch_attention_ms / attention;
         free_batch(b, &full);
     }
 }
@@ -509,21 +553,35 @@ static double report_decode(bench *b, uint32_t n_requests, uint32_t prefix, bool
     return n_requests / ms * 1000;
 }
 
-int main(int argc, char **argv)
+static void parse(int argc, char **argv)
 {
+    double times[N_PROMPTS];
     for (int i = 1; i < argc; i++) {
+        const bool more = i + 1 < argc;
         if (strcmp(argv[i], "--json") == 0) continue;
-        if (strcmp(argv[i], "--random-weights") == 0 && i + 1 < argc &&
+        if (more && strcmp(argv[i], "--random-weights") == 0 &&
             strcmp(argv[i + 1], "llama-8b") == 0) {
             i++;
-            continue;
+        } else if (more && strcmp(argv[i], "--torch") == 0) {
+            parse_times(argv[++i], times);
+            for (uint32_t k = 0; k < N_PROMPTS; k++) prompts[k].torch_ms = times[k];
+        } else if (more && strcmp(argv[i], "--torch-attention") == 0) {
+            parse_times(argv[++i], times);
+            for (uint32_t k = 0; k < N_PROMPTS; k++) prompts[k].torch_attention_ms = times[k];
+        } else {
+            (void)fprintf(stderr, "usage: gpu-model [--json] [--random-weights llama-8b]\n"
+                                  "       [--torch MS,MS,MS] [--torch-attention MS,MS,MS]\n");
+            exit(2);
         }
-        (void)fprintf(stderr, "usage: gpu-model [--json] [--random-weights llama-8b]\n");
-        return 2;
     }
+}
+
+int main(int argc, char **argv)
+{
+    parse(argc, argv);
     gpu_print_head("gpu-model", argc, argv);
     bench *b = make_bench();
-    double f[3][N_PROMPTS];
+    double f[4][N_PROMPTS];
     printf("  \"rows\": [\n");
     report_prompts(b, f);
     const double short_rate = report_decode(b, SHARED_BATCH, 1024, true);
@@ -536,8 +594,8 @@ int main(int argc, char **argv)
            "\"prefill_vs_torch_8k\": %.3f, \"throughput_drop_1k_16k\": %.3f, "
            "\"blend15_speedup_1k\": %.2f, \"blend15_speedup_4k\": %.2f, "
            "\"blend15_speedup_8k\": %.2f, \"fused_overlap_ratio\": %.3f, "
-           "\"shared_vs_unshared_16k\": %.1f}\n}\n",
+           "\"shared_vs_unshared_16k\": %.1f, \"attention_vs_torch_flash_4k\": %.2f}\n}\n",
            f[0][0], f[0][1], f[0][2], 1 - long_rate / short_rate, f[1][0], f[1][1], f[1][2],
-           overlap, long_rate / unshared_rate);
+           overlap, long_rate / unshared_rate, f[3][1]);
     return 0;
 }

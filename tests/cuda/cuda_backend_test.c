@@ -139,6 +139,43 @@ static void test_products(void **state)
     for (uint32_t i = 0; i < ROUNDS; i++) free_product(&kept[i]);
 }
 
+static void test_products_of_one_call(void **state)
+{
+    (void)state;
+    enum { JOBS = 3, ROWS = 17, INPUTS = 64, OUTPUTS = 48 };
+    kvl_random random = kvl_test_random();
+    static float weights[JOBS][OUTPUTS * INPUTS]; /* they stay while the backend lives */
+    kvl_test_fill_normal(&random, weights[0], (size_t)JOBS * OUTPUTS * INPUTS);
+    float *x = normal(&random, (size_t)ROWS * INPUTS);
+    float *on_device = to_device(x, (size_t)ROWS * INPUTS);
+    kvl_matrix matrices[JOBS];
+    kvl_matmul_job jobs[JOBS];
+    for (uint32_t i = 0; i < JOBS; i++) {
+        /* The last has another shape. */
+        matrices[i] = (kvl_matrix){weights[i], INPUTS * sizeof(float), i == 2 ? 24 : OUTPUTS,
+                                   INPUTS, KVL_DTYPE_F32};
+        jobs[i] =
+            (kvl_matmul_job){&matrices[i], NULL, to_device(weights[i], ROWS * OUTPUTS), false};
+    }
+    backend->ops->matmul(backend, jobs, JOBS, ROWS, on_device);
+    for (uint32_t i = 0; i < JOBS; i++) {
+        product p = {.matrix = matrices[i], .n_rows = ROWS};
+        const size_t n = (size_t)ROWS * matrices[i].n_outputs;
+        p.wanted = must_alloc(n * sizeof *p.wanted);
+        p.magnitude = must_alloc(n * sizeof *p.magnitude);
+        assert_int_equal(kvl_reference_matmul(&matrices[i], ROWS, x, NULL, p.wanted, p.magnitude),
+                         KVL_OK);
+        float *seen = to_host(jobs[i].y, n);
+        check_product(&p, seen);
+        release(jobs[i].y);
+        kvl_free(seen);
+        kvl_free(p.wanted);
+        kvl_free(p.magnitude);
+    }
+    release(on_device);
+    kvl_free(x);
+}
+
 /* --- rows --- */
 
 static void test_rows_are_normalised(void **state)
@@ -215,6 +252,46 @@ static void test_rows_are_rotated(void **state)
         kvl_free(before);
         kvl_rotation_destroy(rotation);
     }
+}
+
+/* A product may take the rows that a norm has rounded, but never rows that changed since. */
+static void test_products_see_rows_as_they_are(void **state)
+{
+    (void)state;
+    enum { ROWS = 9, INPUTS = 64, OUTPUTS = 40 };
+    kvl_random random = kvl_test_random();
+    static float weights[OUTPUTS * INPUTS]; /* they stay while the backend lives */
+    static float ones[INPUTS];
+    static const uint32_t from[ROWS - 1] = {1, 2, 3, 4, 5, 6, 7, 8};
+    kvl_test_fill_normal(&random, weights, (size_t)OUTPUTS * INPUTS);
+    for (uint32_t i = 0; i < INPUTS; i++) ones[i] = 1;
+    const kvl_matrix matrix = {weights, INPUTS * sizeof(float), OUTPUTS, INPUTS, KVL_DTYPE_F32};
+    float *x = normal(&random, (size_t)ROWS * INPUTS);
+    float *rows = to_device(x, (size_t)ROWS * INPUTS);
+    float *y = to_device(x, (size_t)ROWS * OUTPUTS);
+    const kvl_matmul_job job = {&matrix, NULL, y, false};
+    for (uint32_t changes = 0; changes < 3; changes++) {
+        const uint32_t n_rows = changes == 0 ? ROWS : ROWS - 1;
+        backend->ops->rms_norm(backend, ROWS, INPUTS, rows, ones, 1e-5F, rows);
+        if (changes == 2) backend->ops->matmul(backend, &job, 1, ROWS, rows);
+        if (changes > 0) backend->ops->rows_keep(backend, ROWS - 1, INPUTS, from, rows);
+        backend->ops->matmul(backend, &job, 1, n_rows, rows);
+        product p = {.matrix = matrix, .n_rows = n_rows};
+        p.wanted = must_alloc(ROWS * OUTPUTS * sizeof *p.wanted);
+        p.magnitude = must_alloc(ROWS * OUTPUTS * sizeof *p.magnitude);
+        float *now = to_host(rows, (size_t)ROWS * INPUTS);
+        assert_int_equal(kvl_reference_matmul(&matrix, n_rows, now, NULL, p.wanted, p.magnitude),
+                         KVL_OK);
+        float *seen = to_host(y, (size_t)n_rows * OUTPUTS);
+        check_product(&p, seen);
+        kvl_free(seen);
+        kvl_free(now);
+        kvl_free(p.wanted);
+        kvl_free(p.magnitude);
+    }
+    release(rows);
+    release(y);
+    kvl_free(x);
 }
 
 static void test_rows_are_gated(void **state)
@@ -387,9 +464,11 @@ int main(void)
     }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_products),
+        cmocka_unit_test(test_products_of_one_call),
         cmocka_unit_test(test_rows_are_normalised),
         cmocka_unit_test(test_rows_are_rotated),
         cmocka_unit_test(test_rows_are_gated),
+        cmocka_unit_test(test_products_see_rows_as_they_are),
         cmocka_unit_test(test_rows_are_kept_and_embedded),
         cmocka_unit_test(test_pages_give_back_what_was_written),
         cmocka_unit_test(test_attention_through_the_table),
