@@ -119,9 +119,9 @@ void gpu_print_head(const char *name, int argc, char **argv)
     printf("  \"command\": \"%s", name);
     for (int i = 1; i < argc; i++) printf(" %s", argv[i]);
     printf(
-        "\",\n  \"machine\": {\"device\": \"%s\", \"multiprocessors\": %d, \"memory_gib\": %.0f, "
+        "\",\n  \"device\": \"%s\",\n  \"machine\": {\"device\": \"%s\", \"multiprocessors\": %d, \"memory_gib\": %.0f, "
         "\"cache_mib\": %.0f, \"copy_tbps\": %.2f},\n",
-        about.name, about.multiProcessorCount, (double)about.totalGlobalMem / (1 << 30),
+        about.name, about.name, about.multiProcessorCount, (double)about.totalGlobalMem / (1 << 30),
         (double)about.l2CacheSize / (1 << 20), gpu_copy_rate(0) / 1e12);
 }
 
