@@ -365,6 +365,34 @@ static void attend(kvl_backend *backend, const kvl_attend_call *call)
          &error);
 }
 
+static void attend_mass(kvl_backend *backend, const kvl_attend_mass_call *call, float *mass)
+{
+    cuda_backend *cuda = cuda_to_write(backend);
+    const kvl_pages *pages = call->pages;
+    const size_t n_heads = (size_t)call->n_rows * call->n_heads;
+    const size_t n = (size_t)pages->n_kv_heads * call->n_keys;
+    const uint32_t n_pages = (call->n_keys + KVL_PAGE_TOKENS - 1) / KVL_PAGE_TOKENS;
+    float *made = target(cuda, ROOM_OUTPUT, mass, n);
+    if (made != mass)
+        must_run(
+            cudaMemcpyAsync(made, mass, n * sizeof(float), cudaMemcpyHostToDevice, cuda->stream),
+            "sending rows");
+    const kvl_cuda_mass work = {
+        .pages = layer_of(pages, call->layer),
+        .queries = bring(cuda, ROOM_INPUT, call->queries, n_heads * pages->head_dim),
+        .positions = bring_indices(cuda, call->positions, call->n_rows),
+        .page_ids = bring_indices(cuda, call->page_ids, n_pages),
+        .normalisers = room_of(cuda, ROOM_OTHER, n_heads * sizeof(float)),
+        .mass = made,
+        .n_rows = call->n_rows,
+        .n_heads = call->n_heads,
+        .n_kv_heads = pages->n_kv_heads,
+        .head_dim = pages->head_dim,
+        .n_keys = call->n_keys};
+    must_run(kvl_cuda_attend_mass(&work, cuda->stream), "summing attention");
+    hand_over(cuda, mass, made, n);
+}
+
 static void synchronize(kvl_backend *backend)
 {
     must_run(cudaStreamSynchronize(cuda_of(backend)->stream), "waiting for the CUDA device");
@@ -406,6 +434,7 @@ static const kvl_backend_ops cuda_ops = {
     .pages_write = pages_write,
     .pages_read = pages_read,
     .attend = attend,
+    .attend_mass = attend_mass,
     .synchronize = synchronize,
     .destroy = destroy,
 };

@@ -54,6 +54,24 @@ cudaError_t kvl_cuda_pages_read(uint32_t n_rows, uint32_t n_kv_heads, uint32_t h
                                 const uint32_t *slots, float *keys, float *values,
                                 const void *pages, cudaStream_t stream);
 
+/* What rows of one path give each key: see attend_mass of compute/backend.h. */
+typedef struct kvl_cuda_mass {
+    const void *pages; /* of the layer */
+    const float *queries;
+    const uint32_t *positions;
+    const uint32_t *page_ids;
+    float *normalisers; /* [n_rows][n_heads], room for what the first pass finds */
+    float *mass;        /* [n_kv_heads][n_keys], added to */
+    uint32_t n_rows;
+    uint32_t n_heads;
+    uint32_t n_kv_heads;
+    uint32_t head_dim; /* a multiple of 8, at most 256 */
+    uint32_t n_keys;
+} kvl_cuda_mass;
+
+/* Two passes: each row's sum of weights, then each key's; in an order that never changes. */
+cudaError_t kvl_cuda_attend_mass(const kvl_cuda_mass *mass, cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

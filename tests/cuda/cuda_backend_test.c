@@ -441,6 +441,63 @@ static void test_attention_through_the_table(void **state)
     kvl_attention_plan_destroy(plan);
 }
 
+/* Scores and weights of one query head of one row in double, added to mass [n_keys]. */
+static void add_weights(const float *query, const float *keys, uint32_t n_seen, uint32_t stride,
+                        uint32_t dim, double *mass)
+{
+    double *scores = must_alloc(n_seen * sizeof *scores);
+    double top = -INFINITY;
+    double sum = 0;
+    for (uint32_t k = 0; k < n_seen; k++) {
+        scores[k] = 0;
+        for (uint32_t d = 0; d < dim; d++)
+            scores[k] += (double)query[d] * (double)keys[(size_t)k * stride + d] / sqrt(dim);
+        top = fmax(top, scores[k]);
+    }
+    for (uint32_t k = 0; k < n_seen; k++) sum += exp(scores[k] - top);
+    for (uint32_t k = 0; k < n_seen; k++) mass[k] += exp(scores[k] - top) / sum;
+    kvl_free(scores);
+}
+
+static void test_attention_is_summed_for_each_key(void **state)
+{
+    (void)state;
+    enum { KEYS = 330, ROWS = 7, KV_HEADS = 2, GROUP = 3, DIM = 64, PAGES = 25 };
+    kvl_random random = kvl_test_random();
+    kvl_pages pages = {NULL, 1, PAGES, KV_HEADS, DIM};
+    pages.memory =
+        backend->ops->memory_create(backend, PAGES * kvl_pages_page_floats(&pages) * sizeof(float));
+    const size_t n = (size_t)KEYS * KV_HEADS * DIM;
+    float *keys = normal(&random, n);
+    for (size_t i = 0; i < n; i++) keys[i] = world_float(world_bf16(keys[i]));
+    uint32_t slots[KEYS];
+    uint32_t page_ids[KEYS / KVL_PAGE_TOKENS + 1];
+    for (uint32_t i = 0; i < sizeof page_ids / sizeof *page_ids; i++) page_ids[i] = i * 7 % PAGES;
+    for (uint32_t k = 0; k < KEYS; k++)
+        slots[k] = page_ids[k / KVL_PAGE_TOKENS] * KVL_PAGE_TOKENS + k % KVL_PAGE_TOKENS;
+    backend->ops->pages_write(backend, &pages, 0, KEYS, slots, keys, keys);
+    static const uint32_t positions[ROWS] = {0, 5, 100, 255, 256, 329, 1000};
+    float *queries = normal(&random, (size_t)ROWS * KV_HEADS * GROUP * DIM);
+    static float mass[KV_HEADS * KEYS];
+    static double wanted[KV_HEADS * KEYS];
+    for (uint32_t i = 0; i < KV_HEADS * KEYS; i++) wanted[i] = (double)(mass[i] = 0.25F);
+    const kvl_attend_mass_call call = {&pages,  0,         KV_HEADS * GROUP, ROWS,
+                                       queries, positions, page_ids,         KEYS};
+    backend->ops->attend_mass(backend, &call, mass);
+    for (uint32_t i = 0; i < ROWS * KV_HEADS * GROUP; i++) {
+        const uint32_t row = i / (KV_HEADS * GROUP);
+        const uint32_t kv_head = i % (KV_HEADS * GROUP) / GROUP;
+        const uint32_t n_seen = positions[row] < KEYS ? positions[row] + 1 : KEYS;
+        add_weights(queries + (size_t)i * DIM, keys + kv_head * DIM, n_seen, KV_HEADS * DIM, DIM,
+                    wanted + kv_head * KEYS);
+    }
+    for (uint32_t i = 0; i < KV_HEADS * KEYS; i++)
+        assert_true(fabs((double)mass[i] - wanted[i]) <= 1e-5 * (1 + wanted[i]));
+    release(pages.memory);
+    kvl_free(queries);
+    kvl_free(keys);
+}
+
 static void test_devices_that_are_not_there_are_refused(void **state)
 {
     (void)state;
@@ -472,6 +529,7 @@ int main(void)
         cmocka_unit_test(test_rows_are_kept_and_embedded),
         cmocka_unit_test(test_pages_give_back_what_was_written),
         cmocka_unit_test(test_attention_through_the_table),
+        cmocka_unit_test(test_attention_is_summed_for_each_key),
         cmocka_unit_test(test_devices_that_are_not_there_are_refused),
     };
     const int n_failed = cmocka_run_group_tests(tests, NULL, NULL);
