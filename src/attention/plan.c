@@ -88,12 +88,20 @@ static void empty_plan(kvl_attention_plan *plan)
     plan->n_page_ids = 0;
 }
 
+/* Devices keep what they make of a plan for its other layers, and know it by this number. */
+static uint64_t next_serial(void)
+{
+    static _Atomic uint64_t n_made;
+    return ++n_made;
+}
+
 kvl_status kvl_attention_plan_make(kvl_attention_plan *plan, const kvl_attention_row *rows,
                                    uint32_t n_rows, const kvl_attention_path *paths,
                                    uint32_t n_paths, kvl_error *error)
 {
     KVL_ASSERT(n_rows == 0 || (rows != NULL && paths != NULL));
     empty_plan(plan);
+    plan->serial = next_serial();
     plan->rows = rows;
     plan->paths = paths;
     plan->n_rows = n_rows;
@@ -124,6 +132,7 @@ void kvl_attention_run(const kvl_attention_plan *plan, kvl_backend *backend, con
                                   .layer = layer,
                                   .n_heads = n_heads,
                                   .n_rows = plan->n_rows,
+                                  .serial = plan->serial,
                                   .queries = queries,
                                   .order = plan->order,
                                   .positions = plan->positions,

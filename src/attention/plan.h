@@ -43,6 +43,7 @@ struct kvl_attention_plan {
     size_t page_ids_max;
     size_t numbers_max;
 
+    uint64_t serial;
     uint32_t n_page_ids;
     uint32_t n_tiles;
     uint32_t n_blocks;

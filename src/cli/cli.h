@@ -39,12 +39,17 @@ typedef struct kvl_cli_engine {
     const char *model; /* path, or a name of `kvloom model list` */
     uint32_t n_threads;
     uint32_t n_positions;
+    const char *device; /* NULL: "auto" */
     kvl_cpu_variant variant;
 } kvl_cli_engine;
 
 struct argp;
-/* --model, --threads, --context, --cpu; the input of the child parser is a kvl_cli_engine. */
+/* --model, --threads, --context, --device and --cpu; the input of the child parser is a
+ * kvl_cli_engine. */
 extern const struct argp kvl_cli_engine_argp;
+
+/* What --device says, or its default. */
+const char *kvl_cli_device(const kvl_cli_engine *options);
 
 /* Opens the engine that the options describe, with n_pages pages (0: the default).
  * Errors   those of kvl_engine_create; KVL_ERR_NOT_FOUND says how to fetch a known model */

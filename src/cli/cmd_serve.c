@@ -245,6 +245,7 @@ static kvl_status serve(arguments *wanted, stopped *waited, kvl_error *error)
     wanted->host.engine.model_path = path;
     wanted->host.engine.n_threads = wanted->engine.n_threads;
     wanted->host.engine.n_positions = wanted->engine.n_positions;
+    wanted->host.engine.device = kvl_cli_device(&wanted->engine);
     wanted->host.engine.variant = wanted->engine.variant;
     return is_host(wanted) ? serve_host(wanted, waited, error) : serve_http(wanted, waited, error);
 }

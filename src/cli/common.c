@@ -31,12 +31,13 @@ uint32_t kvl_cli_number(const struct argp_state *state, const char *option, cons
     return (uint32_t)number;
 }
 
-enum { OPTION_CPU = 256 };
+enum { OPTION_CPU = 256, OPTION_DEVICE };
 
 static const struct argp_option engine_options[] = {
     {"model", 'm', "MODEL", 0, "GGUF file, or a name of `kvloom model list` (smollm2-135m)", 0},
     {"threads", 't', "N", 0, "Threads to compute with (one a processor)", 0},
     {"context", 'c', "N", 0, "Tokens of context (what the model was made for)", 0},
+    {"device", OPTION_DEVICE, "DEVICE", 0, "auto, cpu, cuda or cuda:N (auto)", 0},
     {"cpu", OPTION_CPU, "KERNELS", 0, "best, portable, avx2 or avx512 (best)", 0},
     {0},
 };
@@ -62,6 +63,7 @@ static error_t parse_engine_option(int key, char *text, struct argp_state *state
     case 'c':
         engine->n_positions = kvl_cli_number(state, "--context", text, 1, KVL_POSITIONS_MAX);
         return 0;
+    case OPTION_DEVICE: engine->device = text; return 0;
     case OPTION_CPU: engine->variant = parse_variant(state, text); return 0;
     default: return ARGP_ERR_UNKNOWN;
     }
@@ -71,6 +73,11 @@ const struct argp kvl_cli_engine_argp = {
     .options = engine_options,
     .parser = parse_engine_option,
 };
+
+const char *kvl_cli_device(const kvl_cli_engine *options)
+{
+    return options->device == NULL ? "auto" : options->device;
+}
 
 kvl_status kvl_cli_engine_create(const kvl_cli_engine *options, uint32_t n_pages,
                                  kvl_engine **engine, kvl_error *error)
@@ -83,6 +90,7 @@ kvl_status kvl_cli_engine_create(const kvl_cli_engine *options, uint32_t n_pages
         .n_threads = options->n_threads,
         .n_positions = options->n_positions,
         .n_pages = n_pages,
+        .device = kvl_cli_device(options),
         .variant = options->variant,
     };
     return kvl_engine_create(&made, engine, error);

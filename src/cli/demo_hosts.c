@@ -67,6 +67,7 @@ static void build_line(const demo *d, size_t host, command_line *line)
     add_number(line, "--threads", d->options->engine.n_threads);
     const uint32_t context = d->options->engine.n_positions;
     add_number(line, "--context", context == 0 ? CONTEXT_DEFAULT : context);
+    if (d->options->engine.device != NULL) add(line, "--device", d->options->engine.device);
     if (d->options->engine.variant != KVL_CPU_BEST)
         add(line, "--cpu", kvl_cpu_variant_name(d->options->engine.variant));
     if (d->options->paper_anchors) add(line, "--paper-anchors", NULL);

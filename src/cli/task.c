@@ -84,6 +84,7 @@ static kvl_status open_host(kvl_local_host *local, const kvl_cli_engine *engine,
     options.engine = (kvl_engine_options){.model_path = local->model,
                                           .n_threads = engine->n_threads,
                                           .n_positions = engine->n_positions,
+                                          .device = kvl_cli_device(engine),
                                           .variant = engine->variant};
     kvl_random_secret(options.tenant_key, sizeof options.tenant_key);
     KVL_TRY(kvl_host_create(&options, &local->host, error));

@@ -1,6 +1,9 @@
 /* compute/backend.h: what a device offers to the layers above: one table of operations.
  *
- * Every pointer to numbers is device memory of the backend; on the CPU that is ordinary memory.
+ * On the CPU device memory is ordinary memory. Elsewhere activations and pages are device memory;
+ * weights, norms, biases, tables, positions, slots and ids are the host's, and rows of matmul,
+ * rotate and pages_write or _read may be either. Weights must stay where and what they are until
+ * the backend is destroyed: a device keeps copies.
  * Operations run in the order they are called. None of them fails on numbers: shapes are checked
  * (asserted) by the caller, and memory is had beforehand.
  * Threads  One thread at a time (the engine thread). Operations share work over the pool inside.
@@ -10,7 +13,8 @@
  * rows of the same call, on their number or on the number of threads, to the last bit. One row
  * alone (decoding) and the same row among a thousand (prefill) give the same bits: that is what
  * makes a shared or recomputed token exactly the one that a full prefill gives. Variants of the CPU
- * kernels differ among each other in the last bits. */
+ * kernels differ among each other in the last bits. The CUDA backend does not keep this promise:
+ * there a batch decides how sums are cut, and rows agree to the rounding of bf16 only. */
 #ifndef KVL_COMPUTE_BACKEND_H
 #define KVL_COMPUTE_BACKEND_H
 
@@ -65,6 +69,7 @@ typedef struct kvl_attend_call {
     uint32_t layer;
     uint32_t n_heads; /* query heads, a multiple of pages->n_kv_heads */
     uint32_t n_rows;
+    uint64_t serial;           /* of the plan: no two that a process makes are the same */
     const float *queries;      /* [n_rows][n_heads][head_dim], rotated, in the caller's order */
     const uint32_t *order;     /* [n_rows]: row r stands at order[r] in queries and out */
     const uint32_t *positions; /* [n_rows]: row r sees keys at positions <= positions[r] */
@@ -101,6 +106,14 @@ typedef struct kvl_backend_ops {
     /* Device memory, aligned to KVL_ALIGNMENT, touched. NULL when there is none. */
     void *(*memory_create)(kvl_backend *backend, size_t n_bytes);
     void (*memory_destroy)(kvl_backend *backend, void *memory);
+
+    /* Brings weights to the device before they are used, so that too little memory is told early.
+     * Errors   KVL_ERR_NO_MEMORY, KVL_ERR_UNSUPPORTED, KVL_ERR_IO */
+    kvl_status (*weights_load)(kvl_backend *backend, const kvl_matrix *weights, kvl_error *error);
+
+    /* Row i becomes row from[i] of rows [][width]; from ascending, from[i] >= i. */
+    void (*rows_keep)(kvl_backend *backend, uint32_t n_rows, uint32_t width, const uint32_t *from,
+                      float *rows);
 
     /* x [n_rows][n_inputs]; all jobs have the same n_inputs. y must not overlap x. Few rows stream
      * the quantised weights, many rows use panels that are dequantised once: the same bits. */
@@ -170,5 +183,23 @@ const char *kvl_cpu_variant_name(kvl_cpu_variant variant);
  * Errors   KVL_ERR_UNSUPPORTED (the processor cannot run the variant), KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status kvl_backend_cpu_create(kvl_pool *pool, kvl_cpu_variant variant,
                                                kvl_backend **backend, kvl_error *error);
+
+/* The CUDA backend on device `number`, in bf16 with float sums.
+ * Owns     *backend: as above
+ * Errors   KVL_ERR_UNSUPPORTED (built without CUDA; no driver; no such device; a chip that the
+ *          kernels are not for), KVL_ERR_NO_MEMORY, KVL_ERR_IO: the text says what to do */
+KVL_MUST_USE kvl_status kvl_backend_cuda_create(kvl_pool *pool, uint32_t number,
+                                                kvl_backend **backend, kvl_error *error);
+
+#define KVL_DEVICES_MAX 64u
+
+/* device  "cpu", "cuda:N", "cuda" (the first), or "auto": the first CUDA device that the backend
+ *         runs on, otherwise the CPU; which one it is stands in (*backend)->ops->name.
+ * variant  of the CPU
+ * Errors   KVL_ERR_INVALID (another text), those of the backend that is named: a device that was
+ *          asked for by name is never replaced by another */
+KVL_MUST_USE kvl_status kvl_backend_create(kvl_pool *pool, const char *device,
+                                           kvl_cpu_variant variant, kvl_backend **backend,
+                                           kvl_error *error);
 
 #endif /* KVL_COMPUTE_BACKEND_H */

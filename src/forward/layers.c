@@ -6,8 +6,6 @@
 #include "base/alloc.h"
 #include "forward/forward.h"
 
-#include <string.h>
-
 struct kvl_forward {
     const kvl_model *model;
     kvl_backend *backend;
@@ -218,13 +216,13 @@ static void finish_layer(kvl_forward *forward, const kvl_attention_plan *plan, u
 /* Moves the rows that want logits to the front of the stream and of the normalised rows. */
 static void keep_logit_rows(kvl_forward *forward, const cut *work)
 {
-    const size_t width = kvl_model_shape_of(forward->model)->width;
-    for (uint32_t i = 0; i < work->n_logits; i++) {
-        const uint32_t from = work->batch->logit_rows[work->logit_first + i] - work->row_first;
-        if (from == i) continue;
-        memmove(forward->stream + i * width, forward->stream + from * width, width * sizeof(float));
-        memmove(forward->normed + i * width, forward->normed + from * width, width * sizeof(float));
-    }
+    const uint32_t width = kvl_model_shape_of(forward->model)->width;
+    kvl_backend *backend = forward->backend;
+    uint32_t *from = forward->tokens; /* the tokens have been embedded */
+    for (uint32_t i = 0; i < work->n_logits; i++)
+        from[i] = work->batch->logit_rows[work->logit_first + i] - work->row_first;
+    backend->ops->rows_keep(backend, work->n_logits, width, from, forward->stream);
+    backend->ops->rows_keep(backend, work->n_logits, width, from, forward->normed);
 }
 
 static void last_layer(kvl_forward *forward, uint32_t layer, const cut *work)

@@ -22,6 +22,24 @@ static kvl_status create_cache(kvl_engine *engine, const kvl_engine_options *opt
                               engine->n_positions, &engine->forward, error);
 }
 
+/* All at once, so that a device with too little memory says so before the first request. */
+static kvl_status load_weights(kvl_engine *engine, kvl_error *error)
+{
+    kvl_backend *backend = engine->backend;
+    const kvl_backend_ops *ops = backend->ops;
+    KVL_TRY(ops->weights_load(backend, kvl_model_embedding(engine->model), error));
+    KVL_TRY(ops->weights_load(backend, kvl_model_output(engine->model), error));
+    for (uint32_t layer = 0; layer < engine->shape->n_layers; layer++) {
+        const kvl_layer_weights *weights = kvl_model_layer(engine->model, layer);
+        const kvl_matrix *const matrices[] = {
+            &weights->query, &weights->key, &weights->value, &weights->attention_output,
+            &weights->gate,  &weights->up,  &weights->down};
+        for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++)
+            KVL_TRY(ops->weights_load(backend, matrices[i], error));
+    }
+    return KVL_OK;
+}
+
 static kvl_status create_parts(kvl_engine *engine, const kvl_engine_options *options,
                                kvl_error *error)
 {
@@ -34,7 +52,9 @@ static kvl_status create_parts(kvl_engine *engine, const kvl_engine_options *opt
                         "a context of %u tokens was asked for; %s was made for at most %u",
                         engine->n_positions, options->model_path, engine->shape->n_context);
     KVL_TRY(kvl_pool_create(options->n_threads, true, &engine->threads, error));
-    KVL_TRY(kvl_backend_cpu_create(engine->threads, options->variant, &engine->backend, error));
+    KVL_TRY(kvl_backend_create(engine->threads, options->device == NULL ? "cpu" : options->device,
+                               options->variant, &engine->backend, error));
+    KVL_TRY(load_weights(engine, error));
     return create_cache(engine, options, error);
 }
 

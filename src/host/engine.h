@@ -13,6 +13,7 @@ typedef struct kvl_engine_options {
     size_t n_threads;     /* 0: one a processor */
     uint32_t n_positions; /* context; 0: what the model was made for */
     uint32_t n_pages;     /* 0: enough for three whole contexts */
+    const char *device;   /* as kvl_backend_create; NULL: "cpu" */
     kvl_cpu_variant variant;
 } kvl_engine_options;
 

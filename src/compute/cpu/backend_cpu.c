@@ -143,10 +143,31 @@ static void destroy(kvl_backend *backend)
     kvl_free(cpu);
 }
 
+/* Weights are used where they lie. */
+static kvl_status weights_load(kvl_backend *backend, const kvl_matrix *weights, kvl_error *error)
+{
+    (void)backend;
+    (void)weights;
+    (void)error;
+    return KVL_OK;
+}
+
+static void rows_keep(kvl_backend *backend, uint32_t n_rows, uint32_t width, const uint32_t *from,
+                      float *rows)
+{
+    (void)backend;
+    for (size_t i = 0; i < n_rows; i++) {
+        if (from[i] != i)
+            memmove(rows + i * width, rows + (size_t)from[i] * width, width * sizeof(float));
+    }
+}
+
 static const kvl_backend_ops cpu_ops = {
     .name = "cpu",
     .memory_create = memory_create,
     .memory_destroy = memory_destroy,
+    .weights_load = weights_load,
+    .rows_keep = rows_keep,
     .matmul = kvl_cpu_matmul,
     .rms_norm = rms_norm,
     .rotate = rotate,
