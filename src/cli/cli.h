@@ -25,6 +25,7 @@ int kvl_command_generate(int argc, char **argv);
 int kvl_command_logits(int argc, char **argv);
 int kvl_command_model(int argc, char **argv);
 int kvl_command_serve(int argc, char **argv);
+int kvl_command_sidecar(int argc, char **argv);
 int kvl_command_tokenize(int argc, char **argv);
 int kvl_command_version(int argc, char **argv);
 

@@ -26,6 +26,7 @@ enum {
 
 typedef enum command_kind {
     COMMAND_FETCH,
+    COMMAND_FETCH_WATCHED,
     COMMAND_LIST,
     COMMAND_CALL,
     COMMAND_ANNOUNCE,
@@ -46,6 +47,7 @@ typedef struct command {
     kvl_status status;
     char text[KVL_ERROR_TEXT_MAX];
     bool queued; /* of a reply: its place in the table is taken */
+    kvl_exchange_watch watch;
 } command;
 
 /* One caller that waits. */
@@ -105,11 +107,35 @@ static kvl_status send_message(void *context, kvl_link link, const kvl_message *
     return kvl_transport_send(exchange->transport, link, control, n_bytes, frames, n_frames, owner);
 }
 
+/* The node of a watched fetch is all that there is of it: nobody waits. */
+static void complete_watched(command *c, const kvl_completion *completion)
+{
+    c->watch.done(c->watch.context, completion->status,
+                  completion->text == NULL ? "" : completion->text, completion->container,
+                  completion->from == NULL ? "" : completion->from);
+    kvl_free(c);
+}
+
+static void report_progress(void *context, void *waiting, kvl_container *container,
+                            uint32_t n_ready)
+{
+    (void)context;
+    const command *c = waiting;
+    if (c->kind == COMMAND_FETCH_WATCHED && c->watch.progress != NULL) {
+        c->watch.progress(c->watch.context, container, n_ready);
+    }
+}
+
 static void complete(void *context, const kvl_completion *completion)
 {
     kvl_exchange *exchange = context;
-    waiter *w = completion->waiter;
     publish_peers(exchange);
+    command *c = completion->waiter;
+    if (c->kind == COMMAND_FETCH_WATCHED) {
+        complete_watched(c, completion);
+        return;
+    }
+    waiter *w = completion->waiter;
     (void)pthread_mutex_lock(&exchange->lock);
     exchange->stats = *kvl_protocol_stats(exchange->protocol);
     w->result = *completion;
@@ -185,7 +211,10 @@ static void run_command(kvl_exchange *exchange, command *c)
     kvl_protocol *protocol = exchange->protocol;
     const int64_t now_ns = now_of(exchange);
     switch (c->kind) {
-    case COMMAND_FETCH: kvl_protocol_fetch(protocol, c, &c->id, c->deadline_ns, now_ns); return;
+    case COMMAND_FETCH:
+    case COMMAND_FETCH_WATCHED:
+        kvl_protocol_fetch(protocol, c, &c->id, c->deadline_ns, now_ns);
+        return;
     case COMMAND_LIST:
         kvl_protocol_list(protocol, c, c->container_kind, c->prefix, c->n_prefix_bytes,
                           c->deadline_ns, now_ns);
@@ -304,7 +333,7 @@ static kvl_status make_protocol(kvl_exchange *exchange, const kvl_exchange_optio
         .fingerprint = options->fingerprint,
         .timeout_ms = options->timeout_ms == 0 ? TIMEOUT_MS_DEFAULT : options->timeout_ms,
         .runs_tasks = options->task != NULL,
-        .output = {send_message, complete, run_task, log_event, exchange},
+        .output = {send_message, complete, report_progress, run_task, log_event, exchange},
     };
     kvl_random_secret(&of.seed, sizeof of.seed);
     if (kvl_protocol_create(&of, now_of(exchange), &exchange->protocol) < 0) {
@@ -440,6 +469,29 @@ kvl_status kvl_exchange_fetch(kvl_exchange *exchange, const kvl_digest *id, int6
     return KVL_OK;
 }
 
+kvl_status kvl_exchange_fetch_start(kvl_exchange *exchange, const kvl_digest *id,
+                                    int64_t deadline_ns, const kvl_exchange_watch *watch,
+                                    kvl_error *error)
+{
+    command *c = kvl_alloc_zero(1, sizeof *c);
+    if (c == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a fetch");
+    c->kind = COMMAND_FETCH_WATCHED;
+    c->id = *id;
+    c->deadline_ns = deadline_ns;
+    c->watch = *watch;
+    (void)pthread_mutex_lock(&exchange->lock);
+    const bool taken = !exchange->stopping;
+    if (taken) {
+        const bool first = exchange->first == NULL;
+        enqueue(exchange, c);
+        if (first) kvl_transport_wake(exchange->transport);
+    }
+    (void)pthread_mutex_unlock(&exchange->lock);
+    if (taken) return KVL_OK;
+    kvl_free(c);
+    return KVL_FAIL(error, KVL_ERR_CANCELLED, "the exchange is ending");
+}
+
 void kvl_exchange_announce(kvl_exchange *exchange, const kvl_digest *id, kvl_container_kind kind)
 {
     command *c = kvl_alloc_zero(1, sizeof *c);
@@ -483,6 +535,16 @@ kvl_status kvl_exchange_list(kvl_exchange *exchange, kvl_container_kind kind, co
     *ids = w.result.ids;
     *n_ids = w.result.n_ids;
     return KVL_OK;
+}
+
+bool kvl_exchange_was_announced(kvl_exchange *exchange, const kvl_digest *id)
+{
+    const uint64_t peers = kvl_protocol_announced(exchange->protocol, id);
+    for (uint32_t i = 0; i < exchange->n_peers; i++) {
+        const bool is_up = atomic_load_explicit(&exchange->peer_up[i], memory_order_acquire);
+        if (is_up && (peers >> i & 1) != 0) return true;
+    }
+    return false;
 }
 
 static uint32_t find_peer(const kvl_exchange *exchange, const char *name)

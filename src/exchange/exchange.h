@@ -57,8 +57,29 @@ KVL_MUST_USE kvl_status kvl_exchange_fetch(kvl_exchange *exchange, const kvl_dig
                                            int64_t deadline_ns, kvl_container **container,
                                            char *from, size_t from_size, kvl_error *error);
 
+/* Who wants to know how a fetch goes on. Called on the exchange thread; must not block. */
+typedef struct kvl_exchange_watch {
+    /* Blocks 0 .. n_ready - 1 of the container are here and checked. Borrowed for the call: shared
+     * by who keeps it. `done` may bring another one, when holders of the same id differ. May be
+     * NULL. */
+    void (*progress)(void *context, kvl_container *container, uint32_t n_ready);
+    /* Once. Takes the container (NULL unless `status` is KVL_OK); texts are borrowed. */
+    void (*done)(void *context, kvl_status status, const char *text, kvl_container *container,
+                 const char *from);
+    void *context;
+} kvl_exchange_watch;
+
+/* Same as kvl_exchange_fetch, without waiting: `watch` is copied and told.
+ * Errors   KVL_ERR_NO_MEMORY, KVL_ERR_CANCELLED (the exchange is ending): then nothing is told */
+KVL_MUST_USE kvl_status kvl_exchange_fetch_start(kvl_exchange *exchange, const kvl_digest *id,
+                                                 int64_t deadline_ns,
+                                                 const kvl_exchange_watch *watch, kvl_error *error);
+
 /* Tells all peers that this host has a container now. Never blocks. */
 void kvl_exchange_announce(kvl_exchange *exchange, const kvl_digest *id, kvl_container_kind kind);
+
+/* True where a peer that is up has announced it: a hint, from what is known here. */
+bool kvl_exchange_was_announced(kvl_exchange *exchange, const kvl_digest *id);
 
 /* Asks all peers for the ids of containers of a kind (used for anchors after a restart) whose
  * header's `extra` starts with `prefix`, and waits for those that answer before the deadline.

@@ -334,6 +334,11 @@ bool kvl_protocol_peer_is_up(const kvl_protocol *p, uint32_t peer)
     return peer < p->n_peers && p->peers[peer].state == KVL_PEER_UP;
 }
 
+uint64_t kvl_protocol_announced(kvl_protocol *p, const kvl_digest *id)
+{
+    return kvl_peer_directory_find(p->directory, id);
+}
+
 bool kvl_protocol_client_is_open(const kvl_protocol *p, kvl_link link)
 {
     return p->sessions[link - KVL_LINK_CLIENT].open;

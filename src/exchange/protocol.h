@@ -82,6 +82,10 @@ typedef struct kvl_protocol_output {
     kvl_status (*send)(void *context, kvl_link link, const kvl_message *message,
                        const kvl_frame *frames, size_t n_frames, kvl_owner owner);
     void (*complete)(void *context, const kvl_completion *completion);
+    /* Of a fetch that is under way: blocks 0 .. n_ready - 1 of the container are here and checked.
+     * Borrowed for the call; the completion may bring another container, when holders differ. NULL:
+     * nobody wants to know. */
+    void (*progress)(void *context, void *waiter, kvl_container *container, uint32_t n_ready);
     /* A task to run: to be answered once with kvl_protocol_reply, later. `body` is borrowed. */
     void (*task)(void *context, uint64_t task, const void *body, size_t n_bytes);
     /* Something an operator wants to know: an event name and key=value text. */
@@ -147,6 +151,8 @@ void kvl_protocol_stop(kvl_protocol *protocol);
 /* ---- looking ---- */
 
 bool kvl_protocol_peer_is_up(const kvl_protocol *protocol, uint32_t peer);
+/* Peers that announced a container, bit p for peer p; from any thread. */
+uint64_t kvl_protocol_announced(kvl_protocol *protocol, const kvl_digest *id);
 /* False once a client's session has ended: the transport forgets its slot. */
 bool kvl_protocol_client_is_open(const kvl_protocol *protocol, kvl_link link);
 /* True while a request, a stream or a task is open. */
