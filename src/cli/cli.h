@@ -22,6 +22,7 @@ int kvl_command_bench(int argc, char **argv);
 int kvl_command_demo(int argc, char **argv);
 int kvl_command_explain(int argc, char **argv);
 int kvl_command_generate(int argc, char **argv);
+int kvl_command_keygen(int argc, char **argv);
 int kvl_command_logits(int argc, char **argv);
 int kvl_command_model(int argc, char **argv);
 int kvl_command_serve(int argc, char **argv);

@@ -22,6 +22,9 @@ enum {
     OPTION_LEASE,
     OPTION_NOT_DURABLE,
     OPTION_WITH_PARENT,
+    OPTION_CURVE,
+    OPTION_ALLOW,
+    OPTION_PEER_KEY,
 };
 
 typedef struct arguments {
@@ -29,7 +32,8 @@ typedef struct arguments {
     kvl_sidecar_tenant tenant;
     kvl_exchange_peer peers[KVL_PEERS_MAX];
     uint8_t key[KVL_TENANT_KEY_LENGTH];
-    const char *key_file;
+    const char *key_file, *curve_file;
+    kvl_key_pair keys;
     bool has_model, with_parent;
 } arguments;
 
@@ -47,6 +51,11 @@ static const struct argp_option options[] = {
     {"lease", OPTION_LEASE, "TIME", 0, "Longest lease of a client (60s)", 0},
     {"listen", 'l', "ENDPOINT", 0, "Where peers dial: ipc:///path or tcp://127.0.0.1:port", 0},
     {"peer", 'p', "NAME=ENDPOINT", 0, "A peer; may be given many times", 0},
+    {"curve-key", OPTION_CURVE, "FILE", 0, "Key pair of `kvloom keygen`, for tcp between machines",
+     0},
+    {"allow-list", OPTION_ALLOW, "FILE", 0, "Public keys that may connect; read again on SIGHUP",
+     0},
+    {"peer-key", OPTION_PEER_KEY, "NAME=KEY", 0, "Public key of a peer that was named before", 0},
     {"with-parent", OPTION_WITH_PARENT, NULL, 0, "End when the process that started this ends", 0},
     {0},
 };
@@ -81,7 +90,24 @@ static void add_peer(arguments *wanted, char *text, const struct argp_state *sta
     if (wanted->sidecar.n_peers == KVL_PEERS_MAX)
         argp_error(state, "at most %u peers", KVL_PEERS_MAX);
     *separator = '\0';
-    wanted->peers[wanted->sidecar.n_peers++] = (kvl_exchange_peer){text, separator + 1};
+    wanted->peers[wanted->sidecar.n_peers++] =
+        (kvl_exchange_peer){.name = text, .endpoint = separator + 1};
+}
+
+static void set_peer_key(arguments *wanted, char *text, const struct argp_state *state)
+{
+    char *separator = strchr(text, '=');
+    if (separator == NULL) {
+        argp_error(state, "--peer-key is '%s'; it must be NAME=KEY", text);
+        return;
+    }
+    *separator = '\0';
+    for (size_t i = 0; i < wanted->sidecar.n_peers; i++) {
+        if (strcmp(wanted->peers[i].name, text) != 0) continue;
+        wanted->peers[i].public_key = separator + 1;
+        return;
+    }
+    argp_error(state, "--peer-key names '%s', which no --peer before it does", text);
 }
 
 static void set_model(arguments *wanted, const char *text)
@@ -112,6 +138,9 @@ static error_t parse(int key, char *text, struct argp_state *state)
     case OPTION_LEASE: wanted->sidecar.lease_ms_max = parse_ms(state, text); return 0;
     case 'l': wanted->sidecar.endpoint = text; return 0;
     case 'p': add_peer(wanted, text, state); return 0;
+    case OPTION_CURVE: wanted->curve_file = text; return 0;
+    case OPTION_ALLOW: wanted->sidecar.allow_list = text; return 0;
+    case OPTION_PEER_KEY: set_peer_key(wanted, text, state); return 0;
     case OPTION_WITH_PARENT: wanted->with_parent = true; return 0;
     case ARGP_KEY_END:
         if (tenant->socket == NULL || wanted->key_file == NULL || !wanted->has_model)
@@ -134,8 +163,8 @@ static kvl_status read_key(const char *path, uint8_t *key, kvl_error *error)
     return KVL_OK;
 }
 
-/* A handler and no waiting thread: libraries have threads of their own that do not block signals, and
- * one of them would take the default action. kvl_sidecar_stop only sets a flag and writes. */
+/* A handler and no waiting thread: libraries have threads of their own that do not block signals,
+ * and one of them would take the default action. kvl_sidecar_stop only sets a flag and writes. */
 static kvl_sidecar *volatile running;
 
 static void stop_running(int number)
@@ -144,12 +173,20 @@ static void stop_running(int number)
     if (running != NULL) kvl_sidecar_stop(running);
 }
 
+static void reload_running(int number)
+{
+    (void)number;
+    if (running != NULL) kvl_sidecar_reload(running);
+}
+
 static void handle_signals(void)
 {
     struct sigaction action = {.sa_handler = stop_running, .sa_flags = SA_RESTART};
     (void)sigfillset(&action.sa_mask);
     (void)sigaction(SIGTERM, &action, NULL);
     (void)sigaction(SIGINT, &action, NULL);
+    action.sa_handler = reload_running;
+    (void)sigaction(SIGHUP, &action, NULL);
 }
 
 static kvl_status serve(arguments *wanted, kvl_error *error)
@@ -160,6 +197,10 @@ static kvl_status serve(arguments *wanted, kvl_error *error)
     wanted->sidecar.n_tenants = 1;
     wanted->sidecar.peers = wanted->peers;
     wanted->sidecar.clock = kvl_clock_system();
+    if (wanted->curve_file != NULL) {
+        KVL_TRY(kvl_key_pair_read(wanted->curve_file, &wanted->keys, error));
+        wanted->sidecar.keys = &wanted->keys;
+    }
     kvl_sidecar *sidecar = NULL;
     KVL_TRY(kvl_sidecar_create(&wanted->sidecar, &sidecar, error));
     running = sidecar;

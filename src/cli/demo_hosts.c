@@ -1,7 +1,7 @@
 /* cli/demo_hosts.c: one process a host, each with its own store, all connected to all. */
+#include "base/alloc.h"
 #include "base/file.h"
 #include "base/random.h"
-#include "base/alloc.h"
 #include "cli/demo.h"
 
 #include <errno.h>
@@ -176,7 +176,7 @@ kvl_status demo_hosts_start(demo *d, kvl_error *error)
     KVL_TRY(name_hosts(d, error));
     kvl_exchange_peer peers[DEMO_AGENTS_MAX];
     for (size_t h = 0; h < d->options->n_agents; h++)
-        peers[h] = (kvl_exchange_peer){d->hosts[h].name, d->hosts[h].endpoint};
+        peers[h] = (kvl_exchange_peer){.name = d->hosts[h].name, .endpoint = d->hosts[h].endpoint};
     const kvl_exchange_options exchange = {
         .name = "demo",
         .peers = peers,

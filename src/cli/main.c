@@ -7,6 +7,7 @@ static const kvl_command commands[] = {
     {"demo", "five agents share what they have read: the main job", kvl_command_demo},
     {"serve", "run one agent host", kvl_command_serve},
     {"sidecar", "keep and exchange segments for other engines", kvl_command_sidecar},
+    {"keygen", "make a key pair for connections between machines", kvl_command_keygen},
     {"generate", "answer a prompt", kvl_command_generate},
     {"tokenize", "text to token ids and back", kvl_command_tokenize},
     {"logits", "logits of every token of a text, for comparison", kvl_command_logits},

@@ -18,6 +18,7 @@
 #define KVL_EXCHANGE_PROTOCOL_H
 
 #include "base/log.h"
+#include "exchange/access.h"
 #include "exchange/bulk.h"
 #include "exchange/exchange.h"
 
@@ -88,6 +89,12 @@ typedef struct kvl_protocol_output {
     void (*progress)(void *context, void *waiter, kvl_container *container, uint32_t n_ready);
     /* A task to run: to be answered once with kvl_protocol_reply, later. `body` is borrowed. */
     void (*task)(void *context, uint64_t task, const void *body, size_t n_bytes);
+    /* Of the second connection for blocks of a link; all NULL where there is none. offer: what
+     * Hello or Welcome are to say of it; agree: what the other side has said; reset: the link is
+     * another one from now on, and so are its secrets. */
+    void (*bulk_offer)(void *context, kvl_link link, kvl_bulk_offer *offer);
+    void (*bulk_agree)(void *context, kvl_link link, const kvl_bulk_offer *offer);
+    void (*bulk_reset)(void *context, kvl_link link);
     /* Something an operator wants to know: an event name and key=value text. */
     void (*event)(void *context, kvl_log_level level, const char *event, const char *text);
     void *context;
@@ -122,6 +129,10 @@ void kvl_protocol_disconnected(kvl_protocol *protocol, kvl_link link, int64_t no
 /* A decoded message; frames are borrowed for the call. */
 void kvl_protocol_receive(kvl_protocol *protocol, kvl_link link, const kvl_message *message,
                           const kvl_frame *frames, size_t n_frames, int64_t now_ns);
+/* What one who dialled us may do, and whose containers it sees; KVL_RIGHT_ALL and the store of the
+ * options unless it is called. `store` NULL: none. */
+void kvl_protocol_set_access(kvl_protocol *protocol, kvl_link link, uint32_t rights,
+                             kvl_tier *store);
 /* Bytes that are no message: counted, and the sender is told. */
 void kvl_protocol_refuse(kvl_protocol *protocol, kvl_link link, uint64_t request,
                          const kvl_error *error);

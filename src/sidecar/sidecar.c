@@ -110,11 +110,20 @@ static kvl_status open_exchange(kvl_sidecar *s, const kvl_sidecar_options *optio
                                 kvl_error *error)
 {
     if (options->endpoint == NULL && options->n_peers == 0) return KVL_OK;
+    if (options->allow_list != NULL)
+        KVL_TRY(kvl_allow_list_open(options->allow_list, &s->allow_list, error));
+    kvl_exchange_tenant tenants[KVL_SIDECAR_TENANTS_MAX];
+    for (uint32_t i = 0; i < s->n_tenants; i++)
+        tenants[i] = (kvl_exchange_tenant){s->tenants[i].name, s->tenants[i].store};
     const kvl_exchange_options of = {.name = s->name,
                                      .endpoint = options->endpoint,
                                      .peers = options->peers,
                                      .n_peers = options->n_peers,
                                      .store = s->tenants[0].store,
+                                     .tenants = tenants,
+                                     .n_tenants = s->n_tenants,
+                                     .keys = options->keys,
+                                     .allow_list = s->allow_list,
                                      .fingerprint = s->fingerprint,
                                      .clock = s->clock};
     return kvl_exchange_start(&of, &s->exchange, error);
@@ -170,6 +179,8 @@ static void finish_work(kvl_sidecar *s)
 {
     kvl_exchange_stop(s->exchange);
     s->exchange = NULL;
+    kvl_allow_list_close(s->allow_list);
+    s->allow_list = NULL;
     sidecar_workers_stop(s);
     for (job *j = sidecar_job_next(s); j != NULL; j = sidecar_job_next(s)) sidecar_job_done(s, j);
 }
@@ -207,6 +218,25 @@ void kvl_sidecar_stop(kvl_sidecar *s)
     (void)!write(s->wake_fd, &one, sizeof one);
 }
 
+void kvl_sidecar_reload(kvl_sidecar *s)
+{
+    atomic_store(&s->must_reload, true);
+    const uint64_t one = 1;
+    (void)!write(s->wake_fd, &one, sizeof one);
+}
+
+static void reload(kvl_sidecar *s)
+{
+    kvl_error error;
+    if (s->allow_list == NULL) return;
+    if (kvl_allow_list_reload(s->allow_list, &error) < 0) {
+        kvl_log(KVL_LOG_ERROR, "allow_list_kept", "why=\"%s\"", error.text);
+        return;
+    }
+    kvl_log(KVL_LOG_INFO, "allow_list_read", "keys=%zu", kvl_allow_list_size(s->allow_list));
+    kvl_exchange_recheck(s->exchange);
+}
+
 /* ---- the loop ---- */
 
 /* Clients that were broken by an answer which was not to an event of theirs. */
@@ -221,6 +251,7 @@ static void take_results(kvl_sidecar *s)
 {
     uint64_t count = 0;
     (void)!read(s->wake_fd, &count, sizeof count);
+    if (atomic_exchange(&s->must_reload, false)) reload(s);
     for (job *j = sidecar_job_next(s); j != NULL; j = sidecar_job_next(s)) sidecar_job_done(s, j);
     end_broken(s);
 }

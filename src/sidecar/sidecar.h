@@ -50,8 +50,10 @@ typedef struct kvl_sidecar_options {
     const char *endpoint;           /* where peers dial; NULL: nobody can */
     const kvl_exchange_peer *peers; /* of the first tenant */
     size_t n_peers;
-    uint32_t lease_ms_max; /* 0: KVL_SIDECAR_LEASE_MS_MAX */
-    uint32_t n_workers;    /* 0: 2 */
+    const kvl_key_pair *keys; /* for CURVE over tcp; NULL: none; copied */
+    const char *allow_list;   /* file of those who may dial over tcp with keys; NULL: nobody */
+    uint32_t lease_ms_max;    /* 0: KVL_SIDECAR_LEASE_MS_MAX */
+    uint32_t n_workers;       /* 0: 2 */
     const kvl_clock *clock;
 } kvl_sidecar_options;
 
@@ -67,6 +69,9 @@ KVL_MUST_USE kvl_status kvl_sidecar_create(const kvl_sidecar_options *options,
 void kvl_sidecar_run(kvl_sidecar *sidecar);
 /* Ends a run, or the next one. Puts that were begun are finished and answered. */
 void kvl_sidecar_stop(kvl_sidecar *sidecar);
+/* Reads the allow-list again, soon; whoever is not on it any more is disconnected. A list with a
+ * mistake is logged, and the former one stays. From any thread or signal handler. */
+void kvl_sidecar_reload(kvl_sidecar *sidecar);
 /* NULL does nothing. */
 void kvl_sidecar_destroy(kvl_sidecar *sidecar);
 

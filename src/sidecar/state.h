@@ -126,7 +126,8 @@ struct kvl_sidecar {
     tenant tenants[KVL_SIDECAR_TENANTS_MAX];
 
     int epoll_fd, wake_fd, spare_fd;
-    _Atomic bool is_stopping;
+    _Atomic bool is_stopping, must_reload;
+    kvl_allow_list *allow_list; /* NULL: none */
     client *clients[KVL_SIDECAR_CLIENTS_MAX];
     uint32_t n_clients, clients_past; /* slots in use are below clients_past */
     uint64_t last_serial;

@@ -64,7 +64,9 @@ static kvl_status start(uint32_t i, uint32_t n_hosts, kvl_error *error)
     kvl_exchange_peer peers[HOSTS_MAX];
     size_t n_peers = 0;
     for (uint32_t j = 0; j < n_hosts; j++) {
-        if (j != i) peers[n_peers++] = (kvl_exchange_peer){hosts[j].name, hosts[j].endpoint};
+        if (j != i)
+            peers[n_peers++] =
+                (kvl_exchange_peer){.name = hosts[j].name, .endpoint = hosts[j].endpoint};
     }
     const kvl_exchange_options options = {.name = hosts[i].name,
                                           .endpoint = hosts[i].endpoint,
@@ -373,7 +375,7 @@ static void test_a_client_needs_no_model(void **state)
     hosts[1].fingerprint = tiny_id(1);
     hosts[0].fingerprint = tiny_id(1);
     start_all(2);
-    const kvl_exchange_peer peer = {"h1", hosts[1].endpoint};
+    const kvl_exchange_peer peer = {.name = "h1", .endpoint = hosts[1].endpoint};
     const kvl_exchange_options options = {
         .name = "client", .peers = &peer, .n_peers = 1, .clock = kvl_clock_system()};
     kvl_exchange *client = NULL;
