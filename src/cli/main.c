@@ -13,7 +13,7 @@ static const kvl_command commands[] = {
     {"logits", "logits of every token of a text, for comparison", kvl_command_logits},
     {"model", "fetch, list and describe models", kvl_command_model},
     {"explain", "how each part of a prompt would be had", kvl_command_explain},
-    {"bench", "measure this machine: prefill, decode", kvl_command_bench},
+    {"bench", "measure: prefill, decode, exchange, store", kvl_command_bench},
     {"version", "print the version", kvl_command_version},
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };

@@ -295,8 +295,14 @@ kvloom_status kvloom_get_into(kvloom_client *client, const kvloom_key *key, uint
         status = client_fail(error, KVLOOM_ERR_TOO_LARGE, "it has %zu bytes, there is room for %zu",
                              needed, n_bytes);
     }
-    for (uint32_t l = 0; status == KVLOOM_OK && l < segment->shape.n_layers; l++) {
-        const uint8_t *layer = kvloom_segment_layer(segment, l, &n_layer);
+    /* Layers mostly lie side by side: then all of them are read in one go. */
+    const uint8_t *first = kvloom_segment_layer(segment, 0, NULL);
+    const uint8_t *last = kvloom_segment_layer(segment, segment->shape.n_layers - 1, NULL);
+    const bool in_one = last == first + (needed - n_layer);
+    const uint32_t n_pieces = in_one ? 1 : segment->shape.n_layers;
+    if (in_one) n_layer = needed;
+    for (uint32_t l = 0; status == KVLOOM_OK && l < n_pieces; l++) {
+        const uint8_t *layer = kvloom_segment_layer(segment, l, NULL);
         if (!read_layer(segment, fd, layer, n_layer, (uint8_t *)buffer + l * n_layer)) {
             status = client_fail(error, KVLOOM_ERR_IO, "cannot read the sidecar's memory: %s",
                                  strerror(errno));

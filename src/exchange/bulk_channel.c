@@ -70,26 +70,26 @@ static void put_u32(uint8_t *bytes, size_t value)
     for (int i = 0; i < 4; i++) bytes[i] = (uint8_t)(value >> (8 * i));
 }
 
-/* Puts one record into the outlet's buffer: its length, then the bytes, sealed or not. */
-static bool fill_record(outlet *o, const uint8_t *bytes, size_t n_bytes)
+/* Adds one record to what is to be sent: its length, then the bytes, sealed or not. */
+static bool add_record(outlet *o, const uint8_t *bytes, size_t n_bytes)
 {
     const size_t n_sealed = n_bytes + (o->is_sealed ? KVL_SEAL_TAG_BYTES : 0);
-    put_u32(o->record, n_sealed);
-    if (!o->is_sealed) memcpy(o->record + 4, bytes, n_bytes);
-    if (o->is_sealed && !kvl_seal_close(&o->seal, bytes, n_bytes, o->record + 4)) return false;
-    o->n_record = 4 + n_sealed;
-    o->n_record_sent = 0;
+    uint8_t *at = o->out + o->n_out;
+    put_u32(at, n_sealed);
+    if (!o->is_sealed) memcpy(at + 4, bytes, n_bytes);
+    if (o->is_sealed && !kvl_seal_close(&o->seal, bytes, n_bytes, at + 4)) return false;
+    o->n_out += 4 + n_sealed;
     return true;
 }
 
 /* The record that a message begins with: lengths of payload and control, and the control. */
-static bool fill_head(outlet *o, const bulk_item *item)
+static bool add_head(outlet *o, const bulk_item *item)
 {
     uint8_t head[8 + BULK_CONTROL_BYTES_MAX];
     put_u32(head, payload_bytes(item));
     put_u32(head + 4, item->n_control);
     memcpy(head + 8, item->control, item->n_control);
-    return fill_record(o, head, 8 + item->n_control);
+    return add_record(o, head, 8 + item->n_control);
 }
 
 /* Where the payload goes on, and how much of it lies in one piece there. */
@@ -99,6 +99,25 @@ static const uint8_t *payload_at(const bulk_item *item, size_t at, size_t *n_byt
     while (at >= item->frames[i].n_bytes) at -= item->frames[i++].n_bytes;
     *n_bytes = item->frames[i].n_bytes - at;
     return (const uint8_t *)item->frames[i].bytes + at;
+}
+
+/* Adds the next piece of a payload. False where it is to be sent from where it lies, or cannot be
+ * sealed (*gone). */
+static bool add_piece(outlet *o, const bulk_item *item, bool *gone)
+{
+    size_t n_piece = 0;
+    const uint8_t *piece = payload_at(item, o->payload_at, &n_piece);
+    if (!o->is_sealed && n_piece > BULK_COPIED_BYTES_MAX) return false;
+    if (n_piece > KVL_BULK_RECORD_BYTES) n_piece = KVL_BULK_RECORD_BYTES;
+    if (o->is_sealed) {
+        if (!add_record(o, piece, n_piece)) *gone = true;
+        if (*gone) return false;
+    } else {
+        memcpy(o->out + o->n_out, piece, n_piece);
+        o->n_out += n_piece;
+    }
+    o->payload_at += n_piece;
+    return true;
 }
 
 /* Payload without a seal goes out from where it lies. */
@@ -115,57 +134,56 @@ static bool send_plain(outlet *o, const bulk_item *item, bool *gone)
     return true;
 }
 
-static bool send_sealed(outlet *o, const bulk_item *item, bool *gone)
+static bool first_item(kvl_bulk_channel *c, outlet *o, bulk_item *item)
 {
-    for (;;) {
-        if (!send_rest(o->fd, o->record, o->n_record, &o->n_record_sent, gone)) return false;
-        if (o->payload_at == payload_bytes(item)) return true;
-        size_t n_piece = 0;
-        const uint8_t *piece = payload_at(item, o->payload_at, &n_piece);
-        if (n_piece > KVL_BULK_RECORD_BYTES) n_piece = KVL_BULK_RECORD_BYTES;
-        if (!fill_record(o, piece, n_piece)) *gone = true;
-        if (*gone) return false;
-        o->payload_at += n_piece;
-    }
+    (void)pthread_mutex_lock(&c->lock);
+    const bool has_item = o->state == BULK_READY && o->n_items > 0;
+    if (has_item) *item = o->items[o->item_first];
+    (void)pthread_mutex_unlock(&c->lock);
+    return has_item;
 }
 
-/* One whole message, or as much of it as the socket takes. True when it is sent. */
-static bool send_item(outlet *o, const bulk_item *item, bool *gone)
+static void drop_first_item(kvl_bulk_channel *c, outlet *o, const bulk_item *item)
 {
-    if (!o->is_begun) {
-        if (!fill_head(o, item)) *gone = true;
-        if (*gone) return false;
-        o->is_begun = true;
-        o->payload_at = 0;
-    }
-    if (o->is_sealed) {
-        if (!send_sealed(o, item, gone)) return false;
-    } else if (!send_rest(o->fd, o->record, o->n_record, &o->n_record_sent, gone) ||
-               !send_plain(o, item, gone)) {
-        return false;
-    }
+    (void)pthread_mutex_lock(&c->lock);
+    o->item_first = (o->item_first + 1) % KVL_BULK_QUEUE_MESSAGES_MAX;
+    o->n_items--;
+    (void)pthread_mutex_unlock(&c->lock);
+    release_owner(item->owner);
     o->is_begun = false;
-    o->n_record = o->n_record_sent = 0;
-    return true;
+}
+
+/* Collects records of as many messages as fill one: small blocks by the dozen would otherwise cost a
+ * call of the system each. True: there is a payload to be sent from where it lies. */
+static bool collect_records(kvl_bulk_channel *c, outlet *o, bulk_item *item, bool *gone)
+{
+    while (o->n_out < KVL_BULK_RECORD_BYTES && !*gone && first_item(c, o, item)) {
+        if (!o->is_begun) {
+            if (!add_head(o, item)) *gone = true;
+            o->is_begun = true;
+            o->payload_at = 0;
+        }
+        while (!*gone && o->payload_at < payload_bytes(item) && o->n_out < KVL_BULK_RECORD_BYTES) {
+            if (!add_piece(o, item, gone)) return !*gone;
+        }
+        if (!*gone && o->payload_at == payload_bytes(item)) drop_first_item(c, o, item);
+    }
+    return false;
 }
 
 /* Sends messages until there are none, or the socket is full. */
 static void pump(kvl_bulk_channel *c, outlet *o)
 {
     bool gone = false;
-    while (!gone) {
-        (void)pthread_mutex_lock(&c->lock);
-        const bool has_item = o->state == BULK_READY && o->n_items > 0;
+    for (;;) {
         bulk_item item;
-        if (has_item) item = o->items[o->item_first];
-        (void)pthread_mutex_unlock(&c->lock);
-        if (!has_item) return;
-        if (!send_item(o, &item, &gone)) break;
-        (void)pthread_mutex_lock(&c->lock);
-        o->item_first = (o->item_first + 1) % KVL_BULK_QUEUE_MESSAGES_MAX;
-        o->n_items--;
-        (void)pthread_mutex_unlock(&c->lock);
-        release_owner(item.owner);
+        const bool has_plain = collect_records(c, o, &item, &gone);
+        if (o->n_out == 0 && !has_plain) break;
+        if (gone || !send_rest(o->fd, o->out, o->n_out, &o->n_out_sent, &gone)) break;
+        o->n_out = o->n_out_sent = 0;
+        if (!has_plain) continue;
+        if (!send_plain(o, &item, &gone)) break;
+        drop_first_item(c, o, &item);
     }
     if (!gone) return;
     (void)pthread_mutex_lock(&c->lock);
@@ -250,7 +268,7 @@ static void end_outlet(outlet *o)
     end_items(o);
     kvl_seal_wipe(&o->seal);
     sodium_memzero(o->share, sizeof o->share);
-    kvl_free(o->record);
+    kvl_free(o->out);
     kvl_free(o);
 }
 
@@ -344,8 +362,8 @@ static outlet *make_outlet(kvl_bulk_channel *c, kvl_link link)
 {
     outlet *o = kvl_alloc_zero(1, sizeof *o);
     if (o == NULL) return NULL;
-    o->record = kvl_alloc_aligned(4 + KVL_BULK_RECORD_BYTES + KVL_SEAL_TAG_BYTES);
-    if (o->record == NULL) {
+    o->out = kvl_alloc_aligned(BULK_OUT_BYTES);
+    if (o->out == NULL) {
         kvl_free(o);
         return NULL;
     }
@@ -383,10 +401,10 @@ void bulk_outlet_agree(kvl_bulk_channel *c, kvl_link link, const kvl_bulk_offer 
     (void)pthread_mutex_lock(&c->lock);
     /* A Hello that is repeated agrees once: a seal begins with its first record. */
     if (o->state == BULK_OFFERED) {
-        if (o->is_sealed) {
-            kvl_seal_init(&o->seal, theirs->share, o->share, theirs->has_aes && c->has_aes);
-        }
-        o->state = BULK_AGREED;
+        const bool uses_aes = theirs->has_aes && c->has_aes;
+        const bool has_seal =
+            !o->is_sealed || kvl_seal_init(&o->seal, theirs->share, o->share, uses_aes);
+        o->state = has_seal ? BULK_AGREED : BULK_BROKEN;
     }
     (void)pthread_mutex_unlock(&c->lock);
 }

@@ -18,7 +18,7 @@
 #include <unistd.h>
 
 /* Taken before commands, pings and the others get their turn. */
-enum { MESSAGES_PER_TURN = 8 };
+enum { MESSAGES_PER_TURN = 16 };
 
 /* ---- buffers ---- */
 
@@ -92,51 +92,72 @@ typedef enum step { STEP_DONE, STEP_WAIT, STEP_BROKEN } step;
 
 static step receive(int fd, uint8_t *bytes, size_t n_bytes, size_t *n_got)
 {
-    while (*n_got < n_bytes) {
-        const ssize_t n = recv(fd, bytes + *n_got, n_bytes - *n_got, MSG_DONTWAIT);
+    for (;;) {
+        const ssize_t n = recv(fd, bytes, n_bytes, MSG_DONTWAIT);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) return errno == EAGAIN ? STEP_WAIT : STEP_BROKEN;
         if (n == 0) return STEP_BROKEN;
-        *n_got += (size_t)n;
+        *n_got = (size_t)n;
+        return STEP_DONE;
     }
-    return STEP_DONE;
 }
 
-/* Reads the length and then the bytes of a record. */
-static step read_record(inlet *in)
+/* Reads as much as there is room for, many small records at a time. */
+static step refill(inlet *in)
+{
+    const size_t n = in->in_past - in->in_first;
+    size_t n_got = 0;
+    if (in->in_first > 0 && n > 0) memmove(in->in, in->in + in->in_first, n);
+    in->in_first = 0;
+    in->in_past = n;
+    const step got = receive(in->fd, in->in + n, BULK_IN_BYTES - n, &n_got);
+    if (got == STEP_DONE) in->in_past += n_got;
+    return got;
+}
+
+/* The next whole record, where it lies; taken. */
+static step next_record(inlet *in, const uint8_t **record, size_t *n_bytes)
 {
     const size_t overhead = in->is_sealed ? KVL_SEAL_TAG_BYTES : 0;
-    if (in->record_bytes == 0) {
-        const step got = receive(in->fd, in->head, sizeof in->head, &in->n_head);
-        if (got != STEP_DONE) return got;
-        in->record_bytes = get_u32(in->head);
-        in->n_head = 0;
-        in->n_record = 0;
-        if (in->record_bytes <= overhead || in->record_bytes > KVL_BULK_RECORD_BYTES + overhead)
+    for (;;) {
+        const size_t n = in->in_past - in->in_first;
+        const uint8_t *at = in->in + in->in_first;
+        *n_bytes = n < 4 ? 0 : get_u32(at);
+        if (n >= 4 && (*n_bytes <= overhead || *n_bytes > KVL_BULK_RECORD_BYTES + overhead))
             return STEP_BROKEN;
+        if (n >= 4 && n - 4 >= *n_bytes) {
+            *record = at + 4;
+            in->in_first += 4 + *n_bytes;
+            return STEP_DONE;
+        }
+        const step got = refill(in);
+        if (got != STEP_DONE) return got;
     }
-    return receive(in->fd, in->record, in->record_bytes, &in->n_record);
 }
 
 /* The record that a message begins with. */
 static step take_head(inlet *in)
 {
-    uint8_t head[8 + BULK_CONTROL_BYTES_MAX + KVL_SEAL_TAG_BYTES];
-    const size_t overhead = in->is_sealed ? KVL_SEAL_TAG_BYTES : 0;
-    const size_t n = in->record_bytes - overhead;
+    uint8_t opened[8 + BULK_CONTROL_BYTES_MAX];
+    const uint8_t *record = NULL;
+    size_t n = 0;
     bulk_buffer *b = in->buffer;
-    if (n < 8 || n > 8 + BULK_CONTROL_BYTES_MAX) return STEP_BROKEN;
-    if (in->is_sealed) {
-        if (!kvl_seal_open(&in->seal, in->record, in->record_bytes, head)) return STEP_BROKEN;
-    } else {
-        memcpy(head, in->record, n);
-    }
+    const step got = next_record(in, &record, &n);
+    if (got != STEP_DONE) return got;
+    const size_t overhead = in->is_sealed ? KVL_SEAL_TAG_BYTES : 0;
+    const size_t n_head = n - overhead;
+    if (n_head < 8 || n_head > sizeof opened) return STEP_BROKEN;
+    if (in->is_sealed && !kvl_seal_open(&in->seal, record, n, opened)) return STEP_BROKEN;
+    const uint8_t *head = in->is_sealed ? opened : record;
     b->n_payload = get_u32(head);
     b->n_control = get_u32(head + 4);
-    if (b->n_control != n - 8 || b->n_payload > KVL_BULK_MESSAGE_BYTES_MAX) return STEP_BROKEN;
+    if (b->n_control == 0 || b->n_control != n_head - 8 ||
+        b->n_payload > KVL_BULK_MESSAGE_BYTES_MAX) {
+        b->n_control = 0;
+        return STEP_BROKEN;
+    }
     memcpy(b->control, head + 8, b->n_control);
     in->payload_at = 0;
-    in->record_bytes = 0;
     return STEP_DONE;
 }
 
@@ -144,15 +165,35 @@ static step take_sealed_payload(inlet *in)
 {
     bulk_buffer *b = in->buffer;
     while (in->payload_at < b->n_payload) {
-        const step got = read_record(in);
+        const uint8_t *record = NULL;
+        size_t n = 0;
+        const step got = next_record(in, &record, &n);
         if (got != STEP_DONE) return got;
-        const size_t n = in->record_bytes - KVL_SEAL_TAG_BYTES;
-        if (n > b->n_payload - in->payload_at ||
-            !kvl_seal_open(&in->seal, in->record, in->record_bytes, b->payload + in->payload_at)) {
+        if (n - KVL_SEAL_TAG_BYTES > b->n_payload - in->payload_at ||
+            !kvl_seal_open(&in->seal, record, n, b->payload + in->payload_at)) {
             return STEP_BROKEN;
         }
-        in->payload_at += n;
-        in->record_bytes = 0;
+        in->payload_at += n - KVL_SEAL_TAG_BYTES;
+    }
+    return STEP_DONE;
+}
+
+/* What came along with the head is copied, the rest is read to where it belongs. */
+static step take_plain_payload(inlet *in)
+{
+    bulk_buffer *b = in->buffer;
+    const size_t n_wanted = b->n_payload - in->payload_at;
+    const size_t n_here = in->in_past - in->in_first;
+    const size_t n_copied = n_here < n_wanted ? n_here : n_wanted;
+    if (n_copied > 0) memcpy(b->payload + in->payload_at, in->in + in->in_first, n_copied);
+    in->in_first += n_copied;
+    in->payload_at += n_copied;
+    while (in->payload_at < b->n_payload) {
+        size_t n_got = 0;
+        const step got =
+            receive(in->fd, b->payload + in->payload_at, b->n_payload - in->payload_at, &n_got);
+        if (got != STEP_DONE) return got;
+        in->payload_at += n_got;
     }
     return STEP_DONE;
 }
@@ -163,19 +204,13 @@ static step read_messages(kvl_bulk_channel *c, inlet *in)
     for (;;) {
         if (in->buffer == NULL) {
             in->buffer = take_buffer(c);
-            if (in->buffer == NULL) return STEP_WAIT;
+            in->is_starved = in->buffer == NULL;
+            if (in->is_starved) return STEP_WAIT;
             in->buffer->n_control = 0;
         }
-        step got = STEP_DONE;
-        if (in->buffer->n_control == 0) {
-            got = read_record(in);
-            if (got == STEP_DONE) got = take_head(in);
-            if (got != STEP_DONE) return got;
-            if (in->buffer->n_control == 0) return STEP_BROKEN;
-        }
-        got = in->is_sealed
-                  ? take_sealed_payload(in)
-                  : receive(in->fd, in->buffer->payload, in->buffer->n_payload, &in->payload_at);
+        step got = in->buffer->n_control == 0 ? take_head(in) : STEP_DONE;
+        if (got == STEP_DONE)
+            got = in->is_sealed ? take_sealed_payload(in) : take_plain_payload(in);
         if (got != STEP_DONE) return got;
         deliver(c, in);
     }
@@ -189,7 +224,7 @@ static void end_inlet(kvl_bulk_channel *c, inlet *in)
     give_buffer(c, in->buffer);
     kvl_seal_wipe(&in->seal);
     sodium_memzero(in->share, sizeof in->share);
-    kvl_free(in->record);
+    kvl_free(in->in);
     kvl_free(in);
 }
 
@@ -285,7 +320,8 @@ void *bulk_receive_all(void *channel)
         (void)poll(items, n, -1);
         if ((items[0].revents & POLLIN) != 0) bulk_wake_taken(c->receiver_wake_fd);
         for (size_t i = 1; i < n; i++) {
-            if (items[i].revents == 0) continue;
+            /* What was read before buffers ran out makes no socket readable. */
+            if (items[i].revents == 0 && !who[i]->is_starved) continue;
             if (read_messages(c, who[i]) == STEP_BROKEN) break_inlet(c, who[i], true);
         }
     }
@@ -313,8 +349,8 @@ static inlet *make_inlet(kvl_bulk_channel *c, kvl_link link)
 {
     inlet *in = kvl_alloc_zero(1, sizeof *in);
     if (in == NULL) return NULL;
-    in->record = kvl_alloc_aligned(KVL_BULK_RECORD_BYTES + KVL_SEAL_TAG_BYTES);
-    if (in->record == NULL) {
+    in->in = kvl_alloc_aligned(BULK_IN_BYTES);
+    if (in->in == NULL) {
         kvl_free(in);
         return NULL;
     }
@@ -348,13 +384,13 @@ void bulk_inlet_agree(kvl_bulk_channel *c, kvl_link link, const kvl_bulk_offer *
     (void)pthread_mutex_lock(&c->lock);
     if (in->state == BULK_OFFERED) {
         in->is_sealed = c->has_keys && bulk_is_tcp(endpoint);
-        if (in->is_sealed) {
-            kvl_seal_init(&in->seal, in->share, theirs->share, theirs->has_aes && c->has_aes);
-        }
+        const bool uses_aes = theirs->has_aes && c->has_aes;
+        const bool has_seal =
+            !in->is_sealed || kvl_seal_init(&in->seal, in->share, theirs->share, uses_aes);
         memcpy(in->token, theirs->token, sizeof in->token);
         in->port = theirs->port;
         (void)snprintf(in->endpoint, sizeof in->endpoint, "%s", endpoint);
-        in->state = BULK_AGREED;
+        in->state = has_seal ? BULK_AGREED : BULK_BROKEN;
     }
     (void)pthread_mutex_unlock(&c->lock);
     bulk_wake(c->receiver_wake_fd);

@@ -9,6 +9,11 @@
 #include <stdatomic.h>
 
 #define BULK_CONTROL_BYTES_MAX 512u
+/* Plain payload up to here is copied beside its head; more goes out from where it lies. */
+#define BULK_COPIED_BYTES_MAX ((size_t)64 << 10)
+/* A record that is not full yet, and one more head and piece behind it. */
+#define BULK_OUT_BYTES (2 * KVL_BULK_RECORD_BYTES + 4096)
+#define BULK_IN_BYTES (2 * KVL_BULK_RECORD_BYTES + 4096)
 
 typedef enum bulk_state {
     BULK_OFFERED, /* our share has been told, theirs has not */
@@ -35,11 +40,11 @@ typedef struct outlet {
     int fd;
     bulk_item items[KVL_BULK_QUEUE_MESSAGES_MAX]; /* ring; lock */
     size_t item_first, n_items;                   /* lock */
-    /* of the message that is being sent */
-    bool is_begun;
-    size_t payload_at; /* how much of the payload is sent, or sealed */
-    uint8_t *record;
-    size_t n_record, n_record_sent;
+    /* of the sending thread */
+    bool is_begun;     /* the first message's head is in `out` */
+    size_t payload_at; /* how much of its payload is sent, or in `out` */
+    uint8_t *out;      /* [BULK_OUT_BYTES] */
+    size_t n_out, n_out_sent;
 } outlet;
 
 typedef struct stranger {
@@ -70,11 +75,10 @@ typedef struct inlet {
     char endpoint[256]; /* of the control socket */
     uint16_t port;
     int fd;
-    uint8_t head[4];
-    size_t n_head;
-    uint8_t *record;
-    size_t record_bytes, n_record; /* of the record that is arriving; 0: its length is not known */
-    bulk_buffer *buffer;           /* of the message that is arriving; NULL: none has begun */
+    uint8_t *in; /* [BULK_IN_BYTES]: what has arrived and is not taken yet */
+    size_t in_first, in_past;
+    bulk_buffer *buffer; /* of the message that is arriving; NULL: none has begun */
+    bool is_starved;     /* there was no buffer */
     size_t payload_at;
 } inlet;
 

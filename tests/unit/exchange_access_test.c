@@ -83,7 +83,7 @@ static void start_server(server *s, const char *lines)
     memset(s, 0, sizeof *s);
     static int n_started; /* a new port each time: those of before may still linger */
     (void)snprintf(s->endpoint, sizeof s->endpoint, "tcp://127.0.0.1:%d",
-                   20000 + (int)(getpid() % 20000) + n_started++);
+                   10000 + (int)(getpid() % 20000) + n_started++);
     for (uint64_t i = 0; i < 2; i++) {
         tiny_store_init(&s->stores[i]);
         assert_true(tiny_store_add(&s->stores[i], i + 1, 0, &shape));

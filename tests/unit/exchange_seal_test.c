@@ -23,14 +23,16 @@ static const uint8_t server_share[KVL_SHARE_BYTES] = {4, 5, 6};
 
 static void make_pair(kvl_seal *sender, kvl_seal *receiver, bool uses_aes)
 {
-    kvl_seal_init(sender, asker_share, server_share, uses_aes);
-    kvl_seal_init(receiver, asker_share, server_share, uses_aes);
+    kvl_seal_wipe(sender);
+    kvl_seal_wipe(receiver);
+    assert_true(kvl_seal_init(sender, asker_share, server_share, uses_aes));
+    assert_true(kvl_seal_init(receiver, asker_share, server_share, uses_aes));
 }
 
 /* S6: whatever is done to a record, it does not open, and nothing of it comes out. */
 static void check_tampering(bool uses_aes)
 {
-    kvl_seal sender, receiver;
+    kvl_seal sender = {.aes = NULL}, receiver = {.aes = NULL};
     uint8_t text[RECORD], sealed[2][RECORD + KVL_SEAL_TAG_BYTES], opened[RECORD];
     for (size_t i = 0; i < RECORD; i++) text[i] = (uint8_t)i;
     make_pair(&sender, &receiver, uses_aes);
@@ -56,8 +58,11 @@ static void check_tampering(bool uses_aes)
         sealed[0][bit / 8] ^= (uint8_t)(1u << bit % 8);
     }
     kvl_seal other; /* another connection's key */
-    kvl_seal_init(&other, server_share, asker_share, uses_aes);
+    assert_true(kvl_seal_init(&other, server_share, asker_share, uses_aes));
     assert_false(kvl_seal_open(&other, sealed[0], sizeof sealed[0], opened));
+    kvl_seal_wipe(&other);
+    kvl_seal_wipe(&sender);
+    kvl_seal_wipe(&receiver);
 }
 
 static void s6_a_changed_repeated_or_moved_record_does_not_open(void **state)
@@ -151,9 +156,10 @@ static size_t run_attack(attack what, uint64_t *n_refused)
 
     static uint8_t bytes[3][2 * RECORD];
     kvl_seal seal;
-    kvl_seal_init(&seal, ours.share, server_share, kvl_seal_has_aes());
+    assert_true(kvl_seal_init(&seal, ours.share, server_share, kvl_seal_has_aes()));
     size_t n = 0;
     for (int i = 0; i < 3; i++) n = seal_message(&seal, (uint8_t)(10 + i), bytes[i]);
+    kvl_seal_wipe(&seal);
     if (what == FLIP) bytes[1][n / 2] ^= 1;
     if (what == HUGE_LENGTH) put_u32(bytes[1], 0x7fffffff);
     if (what == PLAIN) {
@@ -246,11 +252,12 @@ static void s9_without_a_token_the_bulk_endpoint_says_nothing(void **state)
     assert_null(memmem(wire, n, "ctrl", 4));
     kvl_seal seal;
     uint8_t opened[RECORD];
-    kvl_seal_init(&seal, asker_share, ours.share, kvl_seal_has_aes());
+    assert_true(kvl_seal_init(&seal, asker_share, ours.share, kvl_seal_has_aes()));
     assert_true(kvl_seal_open(&seal, wire + 4, 12 + KVL_SEAL_TAG_BYTES, opened));
     assert_true(kvl_seal_open(&seal, wire + 8 + 12 + KVL_SEAL_TAG_BYTES,
                               RECORD + KVL_SEAL_TAG_BYTES, opened));
     assert_memory_equal(opened, text, RECORD);
+    kvl_seal_wipe(&seal);
     kvl_bulk_channel_close(channel);
     (void)close(fd);
     (void)close(wake);
