@@ -1,8 +1,8 @@
-/* cli/bench_exchange.c: `kvloom bench exchange`: segments between processes, beside what the machine,
- * ZeroMQ, its CURVE and Redis do with the same bytes in the same run.
+/* cli/bench_exchange.c: `kvloom bench exchange`: segments between processes, beside what the
+ * machine, ZeroMQ, its CURVE and Redis do with the same bytes in the same run.
  *
- * Servers are forked before this process has threads. All ways are measured in turns, so that whatever
- * else the machine does meets all of them; figures are ratios of medians. */
+ * Servers are forked before this process has threads. All ways are measured in turns, so that
+ * whatever else the machine does meets all of them; figures are ratios of medians. */
 #include "base/alloc.h"
 #include "base/file.h"
 #include "base/log.h"

@@ -1,5 +1,5 @@
-/* cli/bench_servers.h: the processes that `kvloom bench exchange` talks to. Started before the bench has
- * threads of its own; each ends with its parent. */
+/* cli/bench_servers.h: the processes that `kvloom bench exchange` talks to. Started before the
+ * bench has threads of its own; each ends with its parent. */
 #ifndef KVL_CLI_BENCH_SERVERS_H
 #define KVL_CLI_BENCH_SERVERS_H
 

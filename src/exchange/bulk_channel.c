@@ -153,8 +153,8 @@ static void drop_first_item(kvl_bulk_channel *c, outlet *o, const bulk_item *ite
     o->is_begun = false;
 }
 
-/* Collects records of as many messages as fill one: small blocks by the dozen would otherwise cost a
- * call of the system each. True: there is a payload to be sent from where it lies. */
+/* Collects records of as many messages as fill one: small blocks by the dozen would otherwise cost
+ * a call of the system each. True: there is a payload to be sent from where it lies. */
 static bool collect_records(kvl_bulk_channel *c, outlet *o, bulk_item *item, bool *gone)
 {
     while (o->n_out < KVL_BULK_RECORD_BYTES && !*gone && first_item(c, o, item)) {
@@ -314,7 +314,8 @@ static size_t collect(kvl_bulk_channel *c, struct pollfd *items, outlet **who)
     for (outlet *o = c->outlets; o != NULL && n < SENDER_ITEMS_MAX; o = o->next) {
         if (o->state != BULK_READY) continue;
         who[n] = o;
-        items[n++] = (struct pollfd){.fd = o->fd, .events = (short)(o->n_items > 0 ? POLLOUT : 0)};
+        const bool has_more = o->n_items > 0 || o->n_out > 0;
+        items[n++] = (struct pollfd){.fd = o->fd, .events = (short)(has_more ? POLLOUT : 0)};
     }
     (void)pthread_mutex_unlock(&c->lock);
     return n;

@@ -23,8 +23,9 @@
 
 #define KVL_BULK_RECORD_BYTES ((size_t)128 << 10)
 #define KVL_BULK_MESSAGE_BYTES_MAX ((size_t)2 << 20)
-#define KVL_BULK_BUFFERS 32u
-#define KVL_BULK_QUEUE_MESSAGES_MAX 64u
+#define KVL_BULK_BUFFERS 8u
+/* A window of the smallest pieces fits (protocol.h). */
+#define KVL_BULK_QUEUE_MESSAGES_MAX 288u
 #define KVL_BULK_STRANGERS_MAX 32u
 #define KVL_BULK_GREETING_MS 2000
 

@@ -8,7 +8,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-#define BULK_CONTROL_BYTES_MAX 512u
+#define BULK_CONTROL_BYTES_MAX 192u
 /* Plain payload up to here is copied beside its head; more goes out from where it lies. */
 #define BULK_COPIED_BYTES_MAX ((size_t)64 << 10)
 /* A record that is not full yet, and one more head and piece behind it. */

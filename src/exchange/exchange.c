@@ -65,6 +65,8 @@ struct kvl_exchange {
     kvl_protocol *protocol; /* of the thread */
     kvl_transport *transport;
     kvl_bulk_channel *bulk;
+    /* Latest requests of each link whose stream began on the control connection. */
+    uint64_t by_control[KVL_CLIENTS_MAX][KVL_STREAMS_PER_LINK];
     kvl_tier *store;
     uint32_t n_tenants;
     kvl_exchange_tenant tenants[KVL_EXCHANGE_TENANTS_MAX];
@@ -106,17 +108,34 @@ static void publish_peers(kvl_exchange *exchange)
     }
 }
 
+/* A stream stays on the connection that it began on: the two do not keep each other's order. */
+static bool goes_by_bulk(kvl_exchange *exchange, kvl_link link, const kvl_message *message)
+{
+    if (link < KVL_LINK_CLIENT) return false;
+    uint64_t *by_control = exchange->by_control[link - KVL_LINK_CLIENT];
+    switch (message->kind) {
+    case KVL_MESSAGE_FETCH_HEADER:
+        if (kvl_bulk_channel_is_ready(exchange->bulk, link)) return true;
+        memmove(&by_control[1], &by_control[0], (KVL_STREAMS_PER_LINK - 1) * sizeof *by_control);
+        by_control[0] = message->request;
+        return false;
+    case KVL_MESSAGE_BLOCK:
+    case KVL_MESSAGE_FETCH_DONE:
+        for (size_t i = 0; i < KVL_STREAMS_PER_LINK; i++) {
+            if (by_control[i] == message->request) return false;
+        }
+        return kvl_bulk_channel_is_ready(exchange->bulk, link);
+    default: return false;
+    }
+}
+
 static kvl_status send_message(void *context, kvl_link link, const kvl_message *message,
                                const kvl_frame *frames, size_t n_frames, kvl_owner owner)
 {
     kvl_exchange *exchange = context;
     uint8_t control[KVL_CONTROL_BYTES_MAX];
     const size_t n_bytes = kvl_wire_encode(message, control);
-    const bool is_bulk = message->kind == KVL_MESSAGE_FETCH_HEADER ||
-                         message->kind == KVL_MESSAGE_BLOCK ||
-                         message->kind == KVL_MESSAGE_FETCH_DONE;
-    if (is_bulk && n_frames <= KVL_HEADER_FRAMES_MAX &&
-        kvl_bulk_channel_is_ready(exchange->bulk, link)) {
+    if (n_frames <= KVL_HEADER_FRAMES_MAX && goes_by_bulk(exchange, link, message)) {
         const kvl_status status =
             kvl_bulk_channel_send(exchange->bulk, link, control, n_bytes, frames, n_frames, owner);
         /* A channel that has just been lost is no loss of the link. */

@@ -1,7 +1,7 @@
 /* exchange/seal.h: records that nobody can read, change, repeat, drop or reorder unnoticed.
  *
- * Both ends of a link agree on a secret under CURVE (two random shares, one from each side), for this
- * one connection. Each record is sealed with AES-256-GCM where both processors have it,
+ * Both ends of a link agree on a secret under CURVE (two random shares, one from each side), for
+ * this one connection. Each record is sealed with AES-256-GCM where both processors have it,
  * XChaCha20-Poly1305 otherwise; its nonce is a counter that is not sent, so a record opens only in
  * its place. A key is used for one direction, and 2^48 records at most.
  * AES is libcrypto's and the rest libsodium's: on the machine where this was written, libsodium
@@ -35,8 +35,8 @@ void kvl_seal_wipe(kvl_seal *seal);
 /* sealed [n_bytes + KVL_SEAL_TAG_BYTES]. False when the key is used up. */
 KVL_MUST_USE bool kvl_seal_close(kvl_seal *seal, const void *bytes, size_t n_bytes,
                                  uint8_t *sealed);
-/* bytes [n_sealed - KVL_SEAL_TAG_BYTES], undefined where it returns false: then the record is not the
- * one that was sent as the next, and the seal must not be used again. */
+/* bytes [n_sealed - KVL_SEAL_TAG_BYTES], undefined where it returns false: then the record is not
+ * the one that was sent as the next, and the seal must not be used again. */
 KVL_MUST_USE bool kvl_seal_open(kvl_seal *seal, const uint8_t *sealed, size_t n_sealed,
                                 uint8_t *bytes);
 

@@ -84,7 +84,8 @@ static kvl_status start(uint32_t i, uint32_t n_hosts, kvl_error *error)
 static void prepare(uint32_t n_hosts, bool tcp)
 {
     static int port = 0;
-    if (port == 0) port = 20000 + (int)(getpid() % 20000);
+    if (port == 0)
+        port = 10000 + (int)(getpid() % 20000); /* below those that the system hands out */
     for (uint32_t i = 0; i < n_hosts; i++) {
         memset(&hosts[i], 0, sizeof hosts[i]);
         (void)snprintf(hosts[i].name, sizeof hosts[i].name, "h%u", i);
