@@ -13,8 +13,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-/* Frames of one client before the others get their turn. */
-enum { FRAMES_PER_TURN = 64, ACCEPTS_PER_TURN = 64 };
+enum { ACCEPTS_PER_TURN = 64 };
 
 client *sidecar_client_find(kvl_sidecar *s, uint32_t slot, uint64_t serial)
 {
@@ -134,10 +133,12 @@ void sidecar_send_status(kvl_sidecar *s, client *c, uint64_t number, kvl_status 
 
 /* ---- receiving ---- */
 
+/* All frames that one read has brought, for nothing else would wake us for those that are left; one
+ * read is little enough for the others to wait. */
 static kvl_status read_client(kvl_sidecar *s, client *c)
 {
     KVL_TRY(kvl_local_link_read(&c->link));
-    for (int turn = 0; turn < FRAMES_PER_TURN && !c->is_broken; turn++) {
+    while (!c->is_broken) {
         const uint8_t *bytes = NULL;
         size_t n_bytes = 0;
         int fd = -1;
@@ -146,7 +147,7 @@ static kvl_status read_client(kvl_sidecar *s, client *c)
         KVL_TRY(status);
         sidecar_request(s, c, bytes, n_bytes, fd);
     }
-    return KVL_OK;
+    return KVL_OK; /* broken: its owner ends it */
 }
 
 void sidecar_client_event(kvl_sidecar *s, client *c, uint32_t epoll_events)
