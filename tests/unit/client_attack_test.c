@@ -312,7 +312,7 @@ static void s7_s12_noise_leaves_nothing_behind(void **state)
     assert_true(stats.refused > 100);
     kvloom_close(client);
     for (int i = 0; i < 500 && open_descriptors() > before; i++) (void)poll(NULL, 0, 10);
-    assert_int_equal(open_descriptors(), before);
+    assert_true(open_descriptors() <= before);
     sidecar_stage_end(&stage);
 }
 
