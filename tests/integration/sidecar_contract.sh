@@ -28,11 +28,58 @@ common="--socket $place/s.sock --key-file $place/key --model m"
 # S8: nothing beyond the loopback without keys and a list.
 refuses 1 keygen "$kvloom" sidecar $common --listen tcp://0.0.0.0:9555
 refuses 1 allow-list "$kvloom" sidecar $common --listen tcp://0.0.0.0:9555 --curve-key "$place/pair"
-refuses 64 needed "$kvloom" sidecar --socket "$place/s.sock"
+refuses 1 "model or fingerprint" "$kvloom" sidecar --socket "$place/s.sock"
 refuses 1 "no sidecar" "$kvloom" stat --socket "$place/none.sock" --model m
 chmod 644 "$place/pair"
 refuses 1 "chmod 600" "$kvloom" sidecar $common --curve-key "$place/pair"
 chmod 600 "$place/pair"
+
+# Configuration: the file, then the environment, then the command line.
+cat >"$place/config" <<END
+name: from-file
+model: m
+lease: 5s
+tenants:
+  - name: a
+    socket: $place/a.sock
+    key-file: $place/key
+    memory: 32MiB
+  - name: b
+    socket: $place/b.sock
+    key-file: $place/key
+END
+"$kvloom" sidecar --config "$place/config" --check-config | grep -q "2 tenants" || fail "check-config"
+KVLOOM_LEASE=6s KVLOOM_NAME=from-env "$kvloom" sidecar --name from-line --config "$place/config" \
+    --print-config >"$place/printed"
+grep -q 'name: "from-line"' "$place/printed" || fail "the command line does not win"
+grep -q 'lease: "6s"' "$place/printed" || fail "the environment does not win over the file"
+grep -q 'memory: "32MiB"' "$place/printed" || fail "the file is not used"
+"$kvloom" sidecar --config "$place/printed" --check-config >/dev/null || fail "its own print is refused"
+# wrong LINE TEXT: a file with that line is refused in words.
+wrong() {
+    { cat "$place/config" && echo "$1"; } >"$place/wrong"
+    refuses 1 "$2" "$kvloom" sidecar --config "$place/wrong" --check-config
+}
+wrong "wrkers: 2" "line 12: there is no key 'wrkers'; the nearest is 'workers'"
+wrong "    memroy: 1GiB" "line 12: there is no key 'memroy'; the nearest is 'memory'"
+wrong "    memory: 8 gigs" "8 gigs"
+wrong "    memory: 0" "more than nothing"
+wrong "    durable: perhaps" "true or false"
+wrong "workers: 1000" "1 to 16"
+wrong "name: again" "a second value for name"
+wrong "peers: none" "a list is wanted"
+wrong "  : : [" "line 12"
+KVLOOM_CONFIG=$place/config "$kvloom" sidecar 2>/dev/null &
+pid=$!
+for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+    [ ! -S "$place/b.sock" ] || break
+    sleep 0.1
+done
+"$kvloom" stat --socket "$place/a.sock" --model m | grep -q "32 MiB" || fail "tenant a is not there"
+"$kvloom" stat --socket "$place/b.sock" --model m >/dev/null || fail "tenant b is not there"
+kill -TERM $pid
+wait $pid || fail "SIGTERM ended it with $?"
+pid=0
 
 echo "$public default read me" >"$place/allow"
 KVLOOM_LOG=info "$kvloom" sidecar $common --store "$place/store" --disk 64MiB --memory 16MiB \
