@@ -88,15 +88,15 @@ static size_t get_u32(const uint8_t *bytes)
            (size_t)bytes[3] << 24;
 }
 
-typedef enum step { STEP_DONE, STEP_WAIT, STEP_BROKEN } step;
+typedef enum step { STEP_DONE, STEP_WAIT, STEP_CLOSED, STEP_BROKEN } step;
 
 static step receive(int fd, uint8_t *bytes, size_t n_bytes, size_t *n_got)
 {
     for (;;) {
         const ssize_t n = recv(fd, bytes, n_bytes, MSG_DONTWAIT);
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0) return errno == EAGAIN ? STEP_WAIT : STEP_BROKEN;
-        if (n == 0) return STEP_BROKEN;
+        if (n < 0 && errno == EAGAIN) return STEP_WAIT;
+        if (n <= 0) return STEP_CLOSED; /* the other process ended; the link will say so too */
         *n_got = (size_t)n;
         return STEP_DONE;
     }
@@ -322,7 +322,9 @@ void *bulk_receive_all(void *channel)
         for (size_t i = 1; i < n; i++) {
             /* What was read before buffers ran out makes no socket readable. */
             if (items[i].revents == 0 && !who[i]->is_starved) continue;
-            if (read_messages(c, who[i]) == STEP_BROKEN) break_inlet(c, who[i], true);
+            const step got = read_messages(c, who[i]);
+            if (got == STEP_BROKEN || got == STEP_CLOSED)
+                break_inlet(c, who[i], got == STEP_BROKEN);
         }
     }
     return NULL;

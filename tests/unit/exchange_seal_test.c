@@ -5,6 +5,7 @@
 #include "test_random.h"
 
 #include <arpa/inet.h>
+#include <dirent.h>
 #include <poll.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -263,6 +264,16 @@ static void s9_without_a_token_the_bulk_endpoint_says_nothing(void **state)
     (void)close(wake);
 }
 
+static size_t open_descriptors(void)
+{
+    size_t n = 0;
+    DIR *folder = opendir("/proc/self/fd");
+    assert_non_null(folder);
+    while (readdir(folder) != NULL) n++;
+    (void)closedir(folder);
+    return n;
+}
+
 /* S12: connections that only come and go leave nothing behind. */
 static void s12_strangers_leave_nothing_behind(void **state)
 {
@@ -275,7 +286,7 @@ static void s12_strangers_leave_nothing_behind(void **state)
     kvl_bulk_offer ours;
     assert_int_equal(kvl_bulk_channel_open(&options, &channel, NULL), KVL_OK);
     kvl_bulk_channel_offer(channel, KVL_LINK_CLIENT, &ours);
-    const int before = dup(wake);
+    const size_t before = open_descriptors();
     for (int i = 0; i < 2000; i++) {
         const int fd = dial(ours.port);
         if (i % 3 == 0) (void)send(fd, "hello, I have no token", 22, MSG_NOSIGNAL);
@@ -284,10 +295,8 @@ static void s12_strangers_leave_nothing_behind(void **state)
     for (int i = 0; i < WAIT_MS / 5 && kvl_bulk_channel_n_refused(channel) < 2000; i++)
         (void)poll(NULL, 0, 5);
     assert_int_equal(kvl_bulk_channel_n_refused(channel), 2000);
-    const int after = dup(wake);
-    assert_int_equal(after, before + 1); /* no descriptor is open that was not before */
-    (void)close(before);
-    (void)close(after);
+    for (int i = 0; i < WAIT_MS / 5 && open_descriptors() > before; i++) (void)poll(NULL, 0, 5);
+    assert_true(open_descriptors() <= before);
     kvl_bulk_channel_close(channel);
     (void)close(wake);
     assert_int_equal(kvl_alloc_live(), live);
