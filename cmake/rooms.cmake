@@ -84,6 +84,9 @@ function(kvl_unit_tests)
     add_executable(${name} ${test})
     target_compile_definitions(${name} PRIVATE KVL_TESTS_DIR="${CMAKE_SOURCE_DIR}/tests")
     target_link_libraries(${name} PRIVATE kvl_test_support kvl_${room} PkgConfig::CMOCKA)
+    if(room STREQUAL client)
+      target_link_libraries(${name} PRIVATE kvl_sidecar) # the other end
+    endif()
     add_test(NAME ${name} COMMAND ${name})
     # Only a build with the thread sanitizer reads this; quotes, since a path may have spaces.
     set_tests_properties(${name} PROPERTIES TIMEOUT 300 ENVIRONMENT

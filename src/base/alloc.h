@@ -35,6 +35,21 @@ KVL_MUST_USE char *kvl_strdup(const char *text);
 KVL_MUST_USE bool kvl_size_mul(size_t a, size_t b, size_t *product);
 KVL_MUST_USE bool kvl_size_add(size_t a, size_t b, size_t *sum);
 
+/* Memory that other processes can be given to read: an anonymous file that is mapped here for
+ * writing. Sealed from the start: whoever gets `fd` can map it for reading, and can neither write
+ * to it nor change its size, so no reader can be harmed by another one or by a file cut short. */
+typedef struct kvl_shared_memory {
+    void *bytes; /* of whole pages, zeroed */
+    size_t n_bytes;
+    int fd;
+} kvl_shared_memory;
+
+/* False, and nothing is made, where there is no memory, no descriptor or no such file.
+ * Owns     *memory: ended with kvl_free_shared; readers keep what they mapped until they unmap */
+KVL_MUST_USE bool kvl_alloc_shared(size_t size, kvl_shared_memory *memory);
+/* One that was never made (bytes NULL) does nothing. */
+void kvl_free_shared(kvl_shared_memory *memory);
+
 /* For tests. The allocation after `n_allowed` more fails, and all later ones with it; a negative
  * number switches failing off. */
 void kvl_alloc_fail_after(int64_t n_allowed);

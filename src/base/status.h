@@ -28,6 +28,7 @@
     X(-5, ERR_DENIED, REFUSE, "not allowed")                                                       \
     X(-6, ERR_MALFORMED, REFUSE, "not in the expected format")                                     \
     X(-7, ERR_EXISTS, REFUSE, "already there")                                                     \
+    X(-8, ERR_FORBIDDEN, REFUSE, "known, but without the right to this")                           \
     X(-20, ERR_NOT_FOUND, MISS, "not there")                                                       \
     X(-21, ERR_DAMAGED, MISS, "a checksum or a size does not match")                               \
     X(-22, ERR_FOREIGN, MISS, "made by another model or format version")                           \

@@ -25,10 +25,17 @@ int kvl_command_demo(int argc, char **argv);
 int kvl_command_eval(int argc, char **argv);
 int kvl_command_explain(int argc, char **argv);
 int kvl_command_generate(int argc, char **argv);
+int kvl_command_keygen(int argc, char **argv);
 int kvl_command_logits(int argc, char **argv);
+int kvl_command_ls(int argc, char **argv);
 int kvl_command_model(int argc, char **argv);
+int kvl_command_pin(int argc, char **argv);
+int kvl_command_rm(int argc, char **argv);
 int kvl_command_serve(int argc, char **argv);
+int kvl_command_sidecar(int argc, char **argv);
+int kvl_command_stat(int argc, char **argv);
 int kvl_command_tokenize(int argc, char **argv);
+int kvl_command_top(int argc, char **argv);
 int kvl_command_version(int argc, char **argv);
 
 /* Prints "kvloom: text" and returns KVL_EXIT_FAILED. */

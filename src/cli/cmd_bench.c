@@ -3,7 +3,7 @@
  * that fits no cache (bench_machine.c). Figures are medians of repetitions. */
 #include "base/alloc.h"
 #include "base/clock.h"
-#include "cli/bench.h"
+#include "cli/bench_data.h"
 #include "cli/cli.h"
 #include "host/decode.h"
 
@@ -194,11 +194,13 @@ int kvl_command_bench(int argc, char **argv)
     static const struct argp_child children[] = {{&kvl_cli_engine_argp, 0, NULL, 0}, {0}};
     static const struct argp argp = {options,
                                      parse,
-                                     "prefill|decode|attention",
+                                     "prefill|decode|attention|exchange|store",
                                      "Measure this engine beside this machine's limits.",
                                      children,
                                      NULL,
                                      NULL};
+    if (argc > 1 && strcmp(argv[1], "exchange") == 0) return kvl_bench_exchange(argc - 1, argv + 1);
+    if (argc > 1 && strcmp(argv[1], "store") == 0) return kvl_bench_store(argc - 1, argv + 1);
     arguments wanted = {.n_tokens = TOKENS_DEFAULT, .n_repeats = REPEATS_DEFAULT};
     if (argp_parse(&argp, argc, argv, 0, NULL, &wanted) != 0) return KVL_EXIT_USAGE;
     kvl_error error;

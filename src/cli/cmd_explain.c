@@ -39,7 +39,7 @@ static error_t parse(int key, char *text, struct argp_state *state)
         if (separator == NULL) argp_error(state, "--host is '%s'; it must be NAME=ENDPOINT", text);
         if (separator == NULL) return EINVAL;
         *separator = '\0';
-        wanted->host = (kvl_exchange_peer){text, separator + 1};
+        wanted->host = (kvl_exchange_peer){.name = text, .endpoint = separator + 1};
         return 0;
     }
     case 'M': wanted->messages = text; return 0;

@@ -72,7 +72,8 @@ static void add_peer(arguments *wanted, char *text, const struct argp_state *sta
     if (wanted->host.n_peers == KVL_PEERS_MAX) argp_error(state, "at most %u peers", KVL_PEERS_MAX);
     if (separator == NULL) return;
     *separator = '\0';
-    wanted->peers[wanted->host.n_peers++] = (kvl_exchange_peer){text, separator + 1};
+    wanted->peers[wanted->host.n_peers++] =
+        (kvl_exchange_peer){.name = text, .endpoint = separator + 1};
 }
 
 /* Whether anything was asked for that only a host with peers and a store has. */

@@ -192,7 +192,7 @@ kvl_status demo_hosts_start(demo *d, kvl_error *error)
     KVL_TRY(name_hosts(d, error));
     kvl_exchange_peer peers[DEMO_AGENTS_MAX];
     for (size_t h = 0; h < d->options->n_agents; h++)
-        peers[h] = (kvl_exchange_peer){d->hosts[h].name, d->hosts[h].endpoint};
+        peers[h] = (kvl_exchange_peer){.name = d->hosts[h].name, .endpoint = d->hosts[h].endpoint};
     const kvl_exchange_options exchange = {
         .name = "demo",
         .peers = peers,

@@ -97,7 +97,7 @@ static kvl_status open_host(kvl_local_host *local, const kvl_cli_engine *engine,
 static kvl_status open_client(kvl_local_host *local, kvl_error *error)
 {
     const kvl_clock *clock = kvl_clock_system();
-    const kvl_exchange_peer peer = {LOCAL_NAME, local->endpoint};
+    const kvl_exchange_peer peer = {.name = LOCAL_NAME, .endpoint = local->endpoint};
     const kvl_exchange_options options = {
         .name = "client", .peers = &peer, .n_peers = 1, .clock = clock};
     KVL_TRY(kvl_exchange_start(&options, &local->client, error));

@@ -3,7 +3,7 @@
  * A cache with a fixed size: KVL_DIRECTORY_IDS ids in sets of KVL_DIRECTORY_WAYS, the oldest of a
  * set goes when it is full. It may forget and may be out of date; whoever asks must be ready for
  * "not there". The set is chosen by a keyed mix of the id, so that a peer cannot aim at one set.
- * Threads  One thread. */
+ * Threads  Any: a lock inside guards each call. */
 #ifndef KVL_EXCHANGE_DIRECTORY_H
 #define KVL_EXCHANGE_DIRECTORY_H
 
@@ -24,6 +24,6 @@ void kvl_peer_directory_remove(kvl_peer_directory *directory, const kvl_digest *
 /* Forgets everything that this peer said. */
 void kvl_peer_directory_forget_peer(kvl_peer_directory *directory, uint32_t peer);
 /* Bit p: peer p said so. 0 where nothing is known. */
-uint64_t kvl_peer_directory_find(const kvl_peer_directory *directory, const kvl_digest *id);
+uint64_t kvl_peer_directory_find(kvl_peer_directory *directory, const kvl_digest *id);
 
 #endif /* KVL_EXCHANGE_DIRECTORY_H */

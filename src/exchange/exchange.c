@@ -8,6 +8,7 @@
 
 #include "base/alloc.h"
 #include "base/random.h"
+#include "exchange/bulk_channel.h"
 #include "exchange/wire.h"
 #include "exchange/zmq_transport.h"
 
@@ -26,6 +27,7 @@ enum {
 
 typedef enum command_kind {
     COMMAND_FETCH,
+    COMMAND_FETCH_WATCHED,
     COMMAND_LIST,
     COMMAND_CALL,
     COMMAND_ANNOUNCE,
@@ -46,6 +48,7 @@ typedef struct command {
     kvl_status status;
     char text[KVL_ERROR_TEXT_MAX];
     bool queued; /* of a reply: its place in the table is taken */
+    kvl_exchange_watch watch;
 } command;
 
 /* One caller that waits. */
@@ -61,6 +64,15 @@ typedef struct waiter {
 struct kvl_exchange {
     kvl_protocol *protocol; /* of the thread */
     kvl_transport *transport;
+    kvl_bulk_channel *bulk;
+    /* Latest requests of each link whose stream began on the control connection. */
+    uint64_t by_control[KVL_CLIENTS_MAX][KVL_STREAMS_PER_LINK];
+    kvl_tier *store;
+    uint32_t n_tenants;
+    kvl_exchange_tenant tenants[KVL_EXCHANGE_TENANTS_MAX];
+    char tenant_names[KVL_EXCHANGE_TENANTS_MAX][KVL_TENANT_NAME_BYTES_MAX + 1];
+    char endpoints[KVL_PEERS_MAX][256]; /* of peers */
+    _Atomic bool must_recheck;
     const kvl_clock *clock;
     kvl_exchange_task_handler *task;
     void *task_context;
@@ -96,20 +108,71 @@ static void publish_peers(kvl_exchange *exchange)
     }
 }
 
+/* A stream stays on the connection that it began on: the two do not keep each other's order. */
+static bool goes_by_bulk(kvl_exchange *exchange, kvl_link link, const kvl_message *message)
+{
+    if (link < KVL_LINK_CLIENT) return false;
+    uint64_t *by_control = exchange->by_control[link - KVL_LINK_CLIENT];
+    switch (message->kind) {
+    case KVL_MESSAGE_FETCH_HEADER:
+        if (kvl_bulk_channel_is_ready(exchange->bulk, link)) return true;
+        memmove(&by_control[1], &by_control[0], (KVL_STREAMS_PER_LINK - 1) * sizeof *by_control);
+        by_control[0] = message->request;
+        return false;
+    case KVL_MESSAGE_BLOCK:
+    case KVL_MESSAGE_FETCH_DONE:
+        for (size_t i = 0; i < KVL_STREAMS_PER_LINK; i++) {
+            if (by_control[i] == message->request) return false;
+        }
+        return kvl_bulk_channel_is_ready(exchange->bulk, link);
+    default: return false;
+    }
+}
+
 static kvl_status send_message(void *context, kvl_link link, const kvl_message *message,
                                const kvl_frame *frames, size_t n_frames, kvl_owner owner)
 {
     kvl_exchange *exchange = context;
     uint8_t control[KVL_CONTROL_BYTES_MAX];
     const size_t n_bytes = kvl_wire_encode(message, control);
+    if (n_frames <= KVL_HEADER_FRAMES_MAX && goes_by_bulk(exchange, link, message)) {
+        const kvl_status status =
+            kvl_bulk_channel_send(exchange->bulk, link, control, n_bytes, frames, n_frames, owner);
+        /* A channel that has just been lost is no loss of the link. */
+        if (status != KVL_ERR_UNREACHABLE && status != KVL_ERR_TOO_LARGE) return status;
+    }
     return kvl_transport_send(exchange->transport, link, control, n_bytes, frames, n_frames, owner);
+}
+
+/* The node of a watched fetch is all that there is of it: nobody waits. */
+static void complete_watched(command *c, const kvl_completion *completion)
+{
+    c->watch.done(c->watch.context, completion->status,
+                  completion->text == NULL ? "" : completion->text, completion->container,
+                  completion->from == NULL ? "" : completion->from);
+    kvl_free(c);
+}
+
+static void report_progress(void *context, void *waiting, kvl_container *container,
+                            uint32_t n_ready)
+{
+    (void)context;
+    const command *c = waiting;
+    if (c->kind == COMMAND_FETCH_WATCHED && c->watch.progress != NULL) {
+        c->watch.progress(c->watch.context, container, n_ready);
+    }
 }
 
 static void complete(void *context, const kvl_completion *completion)
 {
     kvl_exchange *exchange = context;
-    waiter *w = completion->waiter;
     publish_peers(exchange);
+    command *c = completion->waiter;
+    if (c->kind == COMMAND_FETCH_WATCHED) {
+        complete_watched(c, completion);
+        return;
+    }
+    waiter *w = completion->waiter;
     (void)pthread_mutex_lock(&exchange->lock);
     exchange->stats = *kvl_protocol_stats(exchange->protocol);
     w->result = *completion;
@@ -119,6 +182,25 @@ static void complete(void *context, const kvl_completion *completion)
     /* Under the lock: the waiter is gone as soon as it sees `done`. */
     (void)pthread_cond_signal(&w->ended);
     (void)pthread_mutex_unlock(&exchange->lock);
+}
+
+static void bulk_offer(void *context, kvl_link link, kvl_bulk_offer *offer)
+{
+    kvl_exchange *exchange = context;
+    kvl_bulk_channel_offer(exchange->bulk, link, offer);
+}
+
+static void bulk_agree(void *context, kvl_link link, const kvl_bulk_offer *offer)
+{
+    kvl_exchange *exchange = context;
+    kvl_bulk_channel_agree(exchange->bulk, link, offer,
+                           link < KVL_LINK_CLIENT ? exchange->endpoints[link] : "");
+}
+
+static void bulk_reset(void *context, kvl_link link)
+{
+    kvl_exchange *exchange = context;
+    if (exchange->bulk != NULL) kvl_bulk_channel_reset(exchange->bulk, link);
 }
 
 static void run_task(void *context, uint64_t task, const void *body, size_t n_bytes)
@@ -153,6 +235,22 @@ static void forget_if_closed(kvl_exchange *exchange, kvl_link link)
     }
 }
 
+/* The tenant is the key's; who came without one, over ipc or the loopback, is the first. */
+static void link_admitted(void *context, kvl_link link, const kvl_access *access)
+{
+    kvl_exchange *exchange = context;
+    kvl_tier *store = exchange->store;
+    if (access != NULL && exchange->n_tenants > 0) {
+        store = NULL;
+        for (uint32_t i = 0; i < exchange->n_tenants; i++) {
+            if (strcmp(exchange->tenants[i].name, access->tenant) == 0)
+                store = exchange->tenants[i].store;
+        }
+    }
+    kvl_protocol_set_access(exchange->protocol, link,
+                            access == NULL ? KVL_RIGHT_ALL : access->rights, store);
+}
+
 static void link_message(void *context, kvl_link link, const void *control, size_t n_control_bytes,
                          const kvl_frame *frames, size_t n_frames)
 {
@@ -185,7 +283,10 @@ static void run_command(kvl_exchange *exchange, command *c)
     kvl_protocol *protocol = exchange->protocol;
     const int64_t now_ns = now_of(exchange);
     switch (c->kind) {
-    case COMMAND_FETCH: kvl_protocol_fetch(protocol, c, &c->id, c->deadline_ns, now_ns); return;
+    case COMMAND_FETCH:
+    case COMMAND_FETCH_WATCHED:
+        kvl_protocol_fetch(protocol, c, &c->id, c->deadline_ns, now_ns);
+        return;
     case COMMAND_LIST:
         kvl_protocol_list(protocol, c, c->container_kind, c->prefix, c->n_prefix_bytes,
                           c->deadline_ns, now_ns);
@@ -235,13 +336,16 @@ static void *run_thread(void *argument)
 {
     kvl_exchange *exchange = argument;
     kvl_protocol *protocol = exchange->protocol;
-    const kvl_transport_events events = {link_connected, link_disconnected, link_message,
-                                         link_overlong, exchange};
+    const kvl_transport_events events = {link_connected, link_disconnected, link_admitted,
+                                         link_message,   link_overlong,     exchange};
     int64_t ticked_ns = now_of(exchange);
     bool more_work = false;
     while (!run_commands(exchange)) {
         const int wait_ms = kvl_protocol_is_active(protocol) ? POLL_BUSY_MS : POLL_IDLE_MS;
         kvl_transport_poll(exchange->transport, more_work ? 0 : wait_ms, &events);
+        const bool more_bulk = kvl_bulk_channel_drain(exchange->bulk, link_message, exchange);
+        if (atomic_exchange(&exchange->must_recheck, false))
+            kvl_transport_recheck(exchange->transport, &events);
         const int64_t now_ns = now_of(exchange);
         if (now_ns - ticked_ns >= KVL_TICK_NS) {
             ticked_ns = now_ns;
@@ -250,7 +354,7 @@ static void *run_thread(void *argument)
                 forget_if_closed(exchange, link);
             }
         }
-        more_work = kvl_protocol_work(protocol, now_ns);
+        more_work = kvl_protocol_work(protocol, now_ns) || more_bulk;
         publish_peers(exchange);
     }
     /* Nothing enters the list any more; what entered it before `stopping` has been run. */
@@ -270,6 +374,10 @@ static kvl_status check_options(const kvl_exchange_options *options, kvl_error *
     if (options->n_peers > KVL_PEERS_MAX) {
         return KVL_FAIL(error, KVL_ERR_INVALID, "%zu peers, at most %u", options->n_peers,
                         KVL_PEERS_MAX);
+    }
+    if (options->n_tenants > KVL_EXCHANGE_TENANTS_MAX) {
+        return KVL_FAIL(error, KVL_ERR_INVALID, "%zu tenants, at most %u", options->n_tenants,
+                        KVL_EXCHANGE_TENANTS_MAX);
     }
     for (size_t i = 0; i < options->n_peers; i++) {
         const kvl_exchange_peer *peer = &options->peers[i];
@@ -304,7 +412,15 @@ static kvl_status make_protocol(kvl_exchange *exchange, const kvl_exchange_optio
         .fingerprint = options->fingerprint,
         .timeout_ms = options->timeout_ms == 0 ? TIMEOUT_MS_DEFAULT : options->timeout_ms,
         .runs_tasks = options->task != NULL,
-        .output = {send_message, complete, run_task, log_event, exchange},
+        .output = {.send = send_message,
+                   .complete = complete,
+                   .progress = report_progress,
+                   .task = run_task,
+                   .bulk_offer = bulk_offer,
+                   .bulk_agree = bulk_agree,
+                   .bulk_reset = bulk_reset,
+                   .event = log_event,
+                   .context = exchange},
     };
     kvl_random_secret(&of.seed, sizeof of.seed);
     if (kvl_protocol_create(&of, now_of(exchange), &exchange->protocol) < 0) {
@@ -326,11 +442,29 @@ static int start_thread(kvl_exchange *exchange)
 
 static void free_exchange(kvl_exchange *exchange)
 {
-    kvl_transport_close(exchange->transport);
     kvl_protocol_destroy(exchange->protocol);
+    kvl_bulk_channel_close(exchange->bulk);
+    kvl_transport_close(exchange->transport);
     (void)pthread_mutex_destroy(&exchange->lock);
     (void)pthread_cond_destroy(&exchange->left);
     kvl_free(exchange);
+}
+
+static void keep_names(kvl_exchange *exchange, const kvl_exchange_options *options)
+{
+    for (size_t i = 0; i < options->n_peers; i++) {
+        memcpy(exchange->peers[i], options->peers[i].name, strlen(options->peers[i].name) + 1);
+        (void)snprintf(exchange->endpoints[i], sizeof exchange->endpoints[i], "%s",
+                       options->peers[i].endpoint);
+    }
+    exchange->store = options->store;
+    exchange->n_tenants = (uint32_t)options->n_tenants;
+    for (size_t i = 0; i < options->n_tenants; i++) {
+        (void)snprintf(exchange->tenant_names[i], sizeof exchange->tenant_names[i], "%s",
+                       options->tenants[i].name);
+        exchange->tenants[i] =
+            (kvl_exchange_tenant){exchange->tenant_names[i], options->tenants[i].store};
+    }
 }
 
 kvl_status kvl_exchange_start(const kvl_exchange_options *options, kvl_exchange **out,
@@ -347,18 +481,25 @@ kvl_status kvl_exchange_start(const kvl_exchange_options *options, kvl_exchange 
     exchange->task = options->task;
     exchange->task_context = options->task_context;
     exchange->n_peers = (uint32_t)options->n_peers;
-    for (size_t i = 0; i < options->n_peers; i++) {
-        memcpy(exchange->peers[i], options->peers[i].name, strlen(options->peers[i].name) + 1);
-    }
+    keep_names(exchange, options);
     uint64_t epoch = 0;
     while (epoch == 0) kvl_random_secret(&epoch, sizeof epoch);
     const kvl_transport_options of = {.name = options->name,
                                       .epoch = epoch,
                                       .endpoint = options->endpoint,
                                       .peers = options->peers,
-                                      .n_peers = options->n_peers};
+                                      .n_peers = options->n_peers,
+                                      .keys = options->keys,
+                                      .allow_list = options->allow_list};
     kvl_status status = make_protocol(exchange, options, epoch, error);
     if (status == KVL_OK) status = kvl_transport_open(&of, &exchange->transport, error);
+    if (status == KVL_OK) {
+        const kvl_bulk_channel_options bulk = {.endpoint = options->endpoint,
+                                               .wake_fd =
+                                                   kvl_transport_wake_fd(exchange->transport),
+                                               .has_keys = options->keys != NULL};
+        status = kvl_bulk_channel_open(&bulk, &exchange->bulk, error);
+    }
     if (status == KVL_OK && start_thread(exchange) != 0) {
         status = KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no thread for the exchange");
     }
@@ -440,6 +581,29 @@ kvl_status kvl_exchange_fetch(kvl_exchange *exchange, const kvl_digest *id, int6
     return KVL_OK;
 }
 
+kvl_status kvl_exchange_fetch_start(kvl_exchange *exchange, const kvl_digest *id,
+                                    int64_t deadline_ns, const kvl_exchange_watch *watch,
+                                    kvl_error *error)
+{
+    command *c = kvl_alloc_zero(1, sizeof *c);
+    if (c == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a fetch");
+    c->kind = COMMAND_FETCH_WATCHED;
+    c->id = *id;
+    c->deadline_ns = deadline_ns;
+    c->watch = *watch;
+    (void)pthread_mutex_lock(&exchange->lock);
+    const bool taken = !exchange->stopping;
+    if (taken) {
+        const bool first = exchange->first == NULL;
+        enqueue(exchange, c);
+        if (first) kvl_transport_wake(exchange->transport);
+    }
+    (void)pthread_mutex_unlock(&exchange->lock);
+    if (taken) return KVL_OK;
+    kvl_free(c);
+    return KVL_FAIL(error, KVL_ERR_CANCELLED, "the exchange is ending");
+}
+
 void kvl_exchange_announce(kvl_exchange *exchange, const kvl_digest *id, kvl_container_kind kind)
 {
     command *c = kvl_alloc_zero(1, sizeof *c);
@@ -483,6 +647,16 @@ kvl_status kvl_exchange_list(kvl_exchange *exchange, kvl_container_kind kind, co
     *ids = w.result.ids;
     *n_ids = w.result.n_ids;
     return KVL_OK;
+}
+
+bool kvl_exchange_was_announced(kvl_exchange *exchange, const kvl_digest *id)
+{
+    const uint64_t peers = kvl_protocol_announced(exchange->protocol, id);
+    for (uint32_t i = 0; i < exchange->n_peers; i++) {
+        const bool is_up = atomic_load_explicit(&exchange->peer_up[i], memory_order_acquire);
+        if (is_up && (peers >> i & 1) != 0) return true;
+    }
+    return false;
 }
 
 static uint32_t find_peer(const kvl_exchange *exchange, const char *name)
@@ -558,9 +732,17 @@ void kvl_exchange_reply(kvl_exchange *exchange, uint64_t task, kvl_status status
     if (!taken) kvl_bulk_release(copy); /* answered twice, or too late */
 }
 
+void kvl_exchange_recheck(kvl_exchange *exchange)
+{
+    atomic_store(&exchange->must_recheck, true);
+    kvl_transport_wake(exchange->transport);
+}
+
 void kvl_exchange_stats_of(kvl_exchange *exchange, kvl_exchange_stats *stats)
 {
     (void)pthread_mutex_lock(&exchange->lock);
     *stats = exchange->stats;
     (void)pthread_mutex_unlock(&exchange->lock);
+    stats->keys_refused = kvl_transport_n_refused(exchange->transport);
+    stats->bulk_refused = kvl_bulk_channel_n_refused(exchange->bulk);
 }

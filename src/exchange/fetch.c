@@ -399,6 +399,9 @@ void kvl_fetch_block(kvl_protocol *p, uint32_t peer, const kvl_message *message,
     }
     op->block++;
     op->offset = 0;
+    if (p->output.progress != NULL) {
+        p->output.progress(p->output.context, op->waiter, op->container, op->block);
+    }
     if (op->block == op->n_blocks) finish(p, op, now_ns);
 }
 

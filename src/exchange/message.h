@@ -22,6 +22,8 @@
 #define KVL_FRAMES_MAX 64u
 #define KVL_FRAME_BYTES_MAX (1u << 20)
 #define KVL_HEADER_FRAMES_MAX 4u
+#define KVL_BULK_TOKEN_BYTES 16u
+#define KVL_BULK_SHARE_BYTES 32u
 #define KVL_CREDIT_BYTES_MIN ((uint64_t)1 << 20)
 #define KVL_CREDIT_BYTES_MAX ((uint64_t)8 << 20)
 
@@ -55,6 +57,14 @@ typedef enum kvl_message_kind {
     KVL_MESSAGE_ERROR,
 } kvl_message_kind;
 
+/* A second connection for blocks (exchange/bulk_channel.h). */
+typedef struct kvl_bulk_offer {
+    uint16_t port; /* 0: no channel */
+    bool has_aes;
+    uint8_t token[KVL_BULK_TOKEN_BYTES];
+    uint8_t share[KVL_BULK_SHARE_BYTES];
+} kvl_bulk_offer;
+
 typedef struct kvl_message_hello {
     uint32_t magic;
     uint32_t version_min, version_max;
@@ -65,6 +75,7 @@ typedef struct kvl_message_hello {
     uint64_t task_bytes_max;
     uint32_t n_features;
     char features[KVL_FEATURES_MAX][KVL_FEATURE_BYTES_MAX + 1];
+    kvl_bulk_offer bulk;
 } kvl_message_hello;
 
 typedef struct kvl_message {

@@ -7,7 +7,7 @@
 #include <inttypes.h>
 #include <string.h>
 
-void kvl_hello_fill(const kvl_protocol *p, kvl_message *message)
+void kvl_hello_fill(const kvl_protocol *p, kvl_link link, kvl_message *message)
 {
     kvl_message_hello *hello = &message->hello;
     memset(hello, 0, sizeof *hello);
@@ -21,6 +21,7 @@ void kvl_hello_fill(const kvl_protocol *p, kvl_message *message)
     hello->task_bytes_max = KVL_TASK_BYTES_MAX;
     if (p->runs_tasks) memcpy(hello->features[hello->n_features++], "tasks", sizeof "tasks");
     if (p->store != NULL) memcpy(hello->features[hello->n_features++], "store", sizeof "store");
+    if (p->output.bulk_offer != NULL) p->output.bulk_offer(p->output.context, link, &hello->bulk);
 }
 
 kvl_status kvl_hello_check(const kvl_protocol *p, const kvl_message_hello *hello, bool *shares_kv,
@@ -89,7 +90,7 @@ void kvl_peer_greet(kvl_protocol *p, uint32_t index, int64_t now_ns)
     /* A repeated Hello keeps its number: its Welcome may take longer than our patience. */
     if (peer->hello_request == 0) peer->hello_request = ++p->last_number;
     kvl_message message = kvl_message_of(KVL_MESSAGE_HELLO, peer->hello_request);
-    kvl_hello_fill(p, &message);
+    kvl_hello_fill(p, index, &message);
     (void)kvl_send(p, index, &message, NULL, 0, KVL_NO_OWNER);
 }
 
@@ -117,6 +118,7 @@ static void lose(kvl_protocol *p, uint32_t index, kvl_log_level level, const cha
     peer->hello_ns = now_ns;
     peer->hello_request = 0;
     peer->shares_kv = false;
+    kvl_bulk_reset(p, index);
     if (!was_up) return;
     p->stats.peers_lost++;
     kvl_peer_directory_forget_peer(p->directory, index);
@@ -168,6 +170,7 @@ static void take_welcome(kvl_protocol *p, uint32_t index, const kvl_message *mes
         refuse_peer(p, index, peer->refusal.text, now_ns);
         return;
     }
+    kvl_bulk_agree(p, index, hello);
     peer->state = KVL_PEER_UP;
     peer->ever_up = true;
     peer->shares_kv = shares_kv;

@@ -38,6 +38,10 @@ kvl_status kvl_protocol_create(const kvl_protocol_options *options, int64_t now_
         KVL_ASSERT(kvl_name_is_valid(options->peers[i]));
         memcpy(p->peers[i].name, options->peers[i], strlen(options->peers[i]) + 1);
     }
+    for (uint32_t slot = 0; slot < KVL_CLIENTS_MAX; slot++) {
+        p->rights[slot] = KVL_RIGHT_ALL;
+        p->stores[slot] = p->store;
+    }
     *protocol = p;
     return KVL_OK;
 }
@@ -58,7 +62,24 @@ void kvl_protocol_destroy(kvl_protocol *p)
     kvl_free(p);
 }
 
+void kvl_protocol_set_access(kvl_protocol *p, kvl_link link, uint32_t rights, kvl_tier *store)
+{
+    KVL_ASSERT(link >= KVL_LINK_CLIENT && link < KVL_LINKS_MAX);
+    p->rights[link - KVL_LINK_CLIENT] = rights;
+    p->stores[link - KVL_LINK_CLIENT] = store;
+}
+
 /* ---- output ---- */
+
+void kvl_bulk_reset(const kvl_protocol *p, kvl_link link)
+{
+    if (p->output.bulk_reset != NULL) p->output.bulk_reset(p->output.context, link);
+}
+
+void kvl_bulk_agree(const kvl_protocol *p, kvl_link link, const kvl_message_hello *hello)
+{
+    if (p->output.bulk_agree != NULL) p->output.bulk_agree(p->output.context, link, &hello->bulk);
+}
 
 kvl_message kvl_message_of(kvl_message_kind kind, uint64_t request)
 {
@@ -332,6 +353,11 @@ void kvl_protocol_stop(kvl_protocol *p)
 bool kvl_protocol_peer_is_up(const kvl_protocol *p, uint32_t peer)
 {
     return peer < p->n_peers && p->peers[peer].state == KVL_PEER_UP;
+}
+
+uint64_t kvl_protocol_announced(kvl_protocol *p, const kvl_digest *id)
+{
+    return kvl_peer_directory_find(p->directory, id);
 }
 
 bool kvl_protocol_client_is_open(const kvl_protocol *p, kvl_link link)

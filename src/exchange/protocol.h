@@ -18,6 +18,7 @@
 #define KVL_EXCHANGE_PROTOCOL_H
 
 #include "base/log.h"
+#include "exchange/access.h"
 #include "exchange/bulk.h"
 #include "exchange/exchange.h"
 
@@ -82,8 +83,18 @@ typedef struct kvl_protocol_output {
     kvl_status (*send)(void *context, kvl_link link, const kvl_message *message,
                        const kvl_frame *frames, size_t n_frames, kvl_owner owner);
     void (*complete)(void *context, const kvl_completion *completion);
+    /* Of a fetch that is under way: blocks 0 .. n_ready - 1 of the container are here and checked.
+     * Borrowed for the call; the completion may bring another container, when holders differ. NULL:
+     * nobody wants to know. */
+    void (*progress)(void *context, void *waiter, kvl_container *container, uint32_t n_ready);
     /* A task to run: to be answered once with kvl_protocol_reply, later. `body` is borrowed. */
     void (*task)(void *context, uint64_t task, const void *body, size_t n_bytes);
+    /* Of the second connection for blocks of a link; all NULL where there is none. offer: what
+     * Hello or Welcome are to say of it; agree: what the other side has said; reset: the link is
+     * another one from now on, and so are its secrets. */
+    void (*bulk_offer)(void *context, kvl_link link, kvl_bulk_offer *offer);
+    void (*bulk_agree)(void *context, kvl_link link, const kvl_bulk_offer *offer);
+    void (*bulk_reset)(void *context, kvl_link link);
     /* Something an operator wants to know: an event name and key=value text. */
     void (*event)(void *context, kvl_log_level level, const char *event, const char *text);
     void *context;
@@ -118,6 +129,10 @@ void kvl_protocol_disconnected(kvl_protocol *protocol, kvl_link link, int64_t no
 /* A decoded message; frames are borrowed for the call. */
 void kvl_protocol_receive(kvl_protocol *protocol, kvl_link link, const kvl_message *message,
                           const kvl_frame *frames, size_t n_frames, int64_t now_ns);
+/* What one who dialled us may do, and whose containers it sees; KVL_RIGHT_ALL and the store of the
+ * options unless it is called. `store` NULL: none. */
+void kvl_protocol_set_access(kvl_protocol *protocol, kvl_link link, uint32_t rights,
+                             kvl_tier *store);
 /* Bytes that are no message: counted, and the sender is told. */
 void kvl_protocol_refuse(kvl_protocol *protocol, kvl_link link, uint64_t request,
                          const kvl_error *error);
@@ -147,6 +162,8 @@ void kvl_protocol_stop(kvl_protocol *protocol);
 /* ---- looking ---- */
 
 bool kvl_protocol_peer_is_up(const kvl_protocol *protocol, uint32_t peer);
+/* Peers that announced a container, bit p for peer p; from any thread. */
+uint64_t kvl_protocol_announced(kvl_protocol *protocol, const kvl_digest *id);
 /* False once a client's session has ended: the transport forgets its slot. */
 bool kvl_protocol_client_is_open(const kvl_protocol *protocol, kvl_link link);
 /* True while a request, a stream or a task is open. */

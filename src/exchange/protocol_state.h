@@ -146,6 +146,8 @@ struct kvl_protocol {
     kvl_peer_directory *directory;
     kvl_peer peers[KVL_PEERS_MAX];
     kvl_session sessions[KVL_CLIENTS_MAX];
+    uint32_t rights[KVL_CLIENTS_MAX];  /* of who dialled, session or not */
+    kvl_tier *stores[KVL_CLIENTS_MAX]; /* same */
     kvl_task tasks[KVL_TASKS_MAX];
     kvl_listing listings[KVL_LISTINGS_MAX];
     kvl_op ops[KVL_OPS_MAX];
@@ -211,8 +213,14 @@ static inline kvl_session *kvl_session_of(kvl_protocol *p, kvl_link link)
 {
     return &p->sessions[link - KVL_LINK_CLIENT];
 }
-/* What Hello and Welcome say of us. */
-void kvl_hello_fill(const kvl_protocol *p, kvl_message *message);
+static inline kvl_tier *kvl_store_of(const kvl_protocol *p, kvl_link link)
+{
+    return p->stores[link - KVL_LINK_CLIENT];
+}
+/* What Hello and Welcome say of us on a link. */
+void kvl_hello_fill(const kvl_protocol *p, kvl_link link, kvl_message *message);
+void kvl_bulk_reset(const kvl_protocol *p, kvl_link link);
+void kvl_bulk_agree(const kvl_protocol *p, kvl_link link, const kvl_message_hello *hello);
 /* Whether the other side can be spoken to; sets *shares_kv.
  * Errors   KVL_ERR_UNSUPPORTED (magic, versions), KVL_ERR_FOREIGN (fingerprint); texts name both */
 kvl_status kvl_hello_check(const kvl_protocol *p, const kvl_message_hello *hello, bool *shares_kv,

@@ -11,11 +11,12 @@
 
 void kvl_serve_locate(kvl_protocol *p, kvl_link link, const kvl_message *message)
 {
+    kvl_tier *store = kvl_store_of(p, link);
     kvl_message answer = kvl_message_of(KVL_MESSAGE_LOCATED, message->request);
     answer.located.n_ids = message->locate.n_ids;
     answer.located.held = 0;
     for (uint32_t i = 0; i < message->locate.n_ids; i++) {
-        if (p->store->ops->has(p->store, &message->locate.ids[i])) answer.located.held |= 1u << i;
+        if (store->ops->has(store, &message->locate.ids[i])) answer.located.held |= 1u << i;
     }
     (void)kvl_send(p, link, &answer, NULL, 0, KVL_NO_OWNER);
 }
@@ -160,7 +161,8 @@ void kvl_serve_fetch(kvl_protocol *p, kvl_link link, const kvl_message *message,
     kvl_container *container = NULL;
     kvl_error error;
     error.text[0] = '\0';
-    kvl_status status = p->store->ops->get(p->store, &message->fetch.id, false, &container, &error);
+    kvl_tier *store = kvl_store_of(p, link);
+    kvl_status status = store->ops->get(store, &message->fetch.id, false, &container, &error);
     /* A store may hold containers of an earlier model; for this asker they are not there. */
     if (status == KVL_OK &&
         !kvl_digest_equal(&kvl_container_info_of(container)->fingerprint, &p->fingerprint)) {
@@ -281,7 +283,8 @@ void kvl_serve_list(kvl_protocol *p, kvl_link link, const kvl_message *message,
         place->n_prefix_bytes = frames[0].n_bytes;
     }
     p->n_listings++;
-    p->store->ops->list(p->store, collect_id, place);
+    kvl_tier *store = kvl_store_of(p, link);
+    store->ops->list(store, collect_id, place);
 }
 
 /* A container that has gone since the ids were collected simply does not match. */
@@ -289,7 +292,8 @@ static bool matches(kvl_protocol *p, const kvl_listing *listing, const kvl_diges
 {
     if (listing->n_prefix_bytes == 0) return true;
     kvl_container *container = NULL;
-    if (p->store->ops->get(p->store, id, false, &container, NULL) < 0) return false;
+    kvl_tier *store = kvl_store_of(p, listing->link);
+    if (store->ops->get(store, id, false, &container, NULL) < 0) return false;
     const kvl_container_info *info = kvl_container_info_of(container);
     const bool same = info->n_extra_bytes >= listing->n_prefix_bytes &&
                       memcmp(info->extra, listing->prefix, listing->n_prefix_bytes) == 0;

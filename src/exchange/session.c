@@ -13,6 +13,7 @@ void kvl_session_end(kvl_protocol *p, kvl_link link)
     if (!session->open) return;
     kvl_serve_end(p, link);
     kvl_task_end(p, link);
+    kvl_bulk_reset(p, link);
     session->open = false;
 }
 
@@ -51,6 +52,7 @@ static void open_session(kvl_protocol *p, kvl_link link, const kvl_message *mess
     session->peer = peer_of_name(p, hello->name);
     session->heard_ns = now_ns;
     end_older_sessions(p, link);
+    kvl_bulk_agree(p, link, hello);
     kvl_report(p, KVL_LOG_INFO, "client_up", "client=%s epoch=%016" PRIx64, session->name,
                session->epoch);
 }
@@ -76,7 +78,7 @@ static void take_hello(kvl_protocol *p, kvl_link link, const kvl_message *messag
         open_session(p, link, message, shares_kv, now_ns);
     }
     kvl_message welcome = kvl_message_of(KVL_MESSAGE_WELCOME, message->request);
-    kvl_hello_fill(p, &welcome);
+    kvl_hello_fill(p, link, &welcome);
     (void)kvl_send(p, link, &welcome, NULL, 0, KVL_NO_OWNER);
 }
 
@@ -92,10 +94,47 @@ static void take_announce(kvl_protocol *p, const kvl_session *session, const kvl
 /* Containers are spoken about only with those who run the same model. */
 static bool may_share(kvl_protocol *p, kvl_link link, const kvl_message *message)
 {
-    if (kvl_session_of(p, link)->shares_kv && p->store != NULL) return true;
-    kvl_send_error(
-        p, link, message->request, p->store == NULL ? KVL_ERR_UNSUPPORTED : KVL_ERR_FOREIGN,
-        p->store == NULL ? "%s has no store" : "%s runs a model, the asker named none", p->name);
+    const bool has_store = kvl_store_of(p, link) != NULL;
+    if (kvl_session_of(p, link)->shares_kv && has_store) return true;
+    kvl_send_error(p, link, message->request, has_store ? KVL_ERR_FOREIGN : KVL_ERR_UNSUPPORTED,
+                   !has_store ? "%s has no store" : "%s runs a model, the asker named none",
+                   p->name);
+    return false;
+}
+
+/* Which right a message needs; 0: none. What is not named here needs all of them, so that a new
+ * kind of message is closed until somebody has thought about it. */
+static uint32_t right_for(kvl_message_kind kind)
+{
+    switch (kind) {
+    case KVL_MESSAGE_PING:
+    case KVL_MESSAGE_GOODBYE:
+    case KVL_MESSAGE_ERROR: return 0;
+    case KVL_MESSAGE_LOCATE:
+    case KVL_MESSAGE_FETCH:
+    case KVL_MESSAGE_CREDIT:
+    case KVL_MESSAGE_CANCEL:
+    case KVL_MESSAGE_LIST: return KVL_RIGHT_READ;
+    case KVL_MESSAGE_ANNOUNCE: return KVL_RIGHT_WRITE;
+    case KVL_MESSAGE_TASK:
+    case KVL_MESSAGE_TASK_POLL:
+    case KVL_MESSAGE_TASK_DONE: return KVL_RIGHT_ADMIN;
+    default: return KVL_RIGHT_ALL;
+    }
+}
+
+/* Not DENIED, which means that there is no session and asks for a new Hello. */
+static bool has_right(kvl_protocol *p, kvl_link link, const kvl_message *message)
+{
+    const uint32_t needed = right_for(message->kind);
+    const uint32_t rights = p->rights[link - KVL_LINK_CLIENT];
+    if ((needed & ~rights) == 0) return true;
+    p->stats.messages_refused++;
+    kvl_report(p, KVL_LOG_WARN, "right_missing", "client=%s message=%s",
+               kvl_session_of(p, link)->name, kvl_message_kind_name(message->kind));
+    kvl_send_error(p, link, message->request, KVL_ERR_FORBIDDEN,
+                   "the key of %s has no right to %s: ask whoever keeps the allow-list",
+                   kvl_session_of(p, link)->name, kvl_message_kind_name(message->kind));
     return false;
 }
 
@@ -155,6 +194,7 @@ void kvl_session_receive(kvl_protocol *p, kvl_link link, const kvl_message *mess
         return;
     }
     session->heard_ns = now_ns;
+    if (!has_right(p, link, message)) return;
     take_question(p, link, message, frames, n_frames, now_ns);
 }
 

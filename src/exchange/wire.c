@@ -69,6 +69,7 @@ static char *text_of(const char *text)
 /* Room for the parts of an envelope that protobuf-c wants pointers to. */
 typedef struct parts {
     char *features[KVL_FEATURES_MAX];
+    Kvloom__V1__BulkOffer bulk;
     ProtobufCBinaryData ids[KVL_LOCATE_IDS_MAX];
     union {
         Kvloom__V1__Empty empty;
@@ -88,6 +89,22 @@ typedef struct parts {
     };
 } parts;
 
+/* An asker has no token to tell: zeros stand for none. */
+static void set_bulk(const kvl_bulk_offer *from, parts *to)
+{
+    static const uint8_t none[KVL_BULK_TOKEN_BYTES];
+    kvloom__v1__bulk_offer__init(&to->bulk);
+    to->bulk.port = from->port;
+    to->bulk.has_aes = from->has_aes;
+    if (memcmp(from->token, none, sizeof none) != 0) {
+        to->bulk.token.len = sizeof from->token;
+        to->bulk.token.data = (uint8_t *)(uintptr_t)from->token;
+    }
+    to->bulk.share.len = sizeof from->share;
+    to->bulk.share.data = (uint8_t *)(uintptr_t)from->share;
+    to->hello.bulk = &to->bulk;
+}
+
 static void set_hello(const kvl_message_hello *from, parts *to)
 {
     KVL_ASSERT(from->n_features <= KVL_FEATURES_MAX);
@@ -103,6 +120,7 @@ static void set_hello(const kvl_message_hello *from, parts *to)
     for (uint32_t i = 0; i < from->n_features; i++) to->features[i] = text_of(from->features[i]);
     to->hello.n_features = from->n_features;
     to->hello.features = to->features;
+    if (from->bulk.port != 0) set_bulk(&from->bulk, to);
 }
 
 static void set_locate(const kvl_message *from, parts *to)
@@ -297,6 +315,23 @@ static kvl_status take_frames(const decoding *d, uint64_t n_bytes, size_t n_fram
     return KVL_OK;
 }
 
+static kvl_status take_bulk(const decoding *d, const Kvloom__V1__BulkOffer *from)
+{
+    kvl_bulk_offer *to = &d->message->hello.bulk;
+    memset(to, 0, sizeof *to);
+    if (from == NULL) return KVL_OK;
+    if (from->port > UINT16_MAX) return refuse(d, "bulk.port", from->port, "at most 65535");
+    if (from->token.len != 0 && from->token.len != sizeof to->token)
+        return refuse(d, "bulk.token", from->token.len, "0 or 16 bytes long");
+    if (from->share.len != sizeof to->share)
+        return refuse(d, "bulk.share", from->share.len, "32 bytes long");
+    to->port = (uint16_t)from->port;
+    to->has_aes = from->has_aes != 0;
+    if (from->token.len != 0) memcpy(to->token, from->token.data, sizeof to->token);
+    memcpy(to->share, from->share.data, sizeof to->share);
+    return KVL_OK;
+}
+
 /* Magic, versions and fingerprint are not judged here: the protocol answers a mismatch with a text
  * that names both sides, and that needs a Hello that could be read. */
 static kvl_status take_hello(const decoding *d, const Kvloom__V1__Hello *from)
@@ -334,6 +369,7 @@ static kvl_status take_hello(const decoding *d, const Kvloom__V1__Hello *from)
         }
         KVL_TRY(take_text(d, from->features[i], to->features[i], KVL_FEATURE_BYTES_MAX));
     }
+    KVL_TRY(take_bulk(d, from->bulk));
     return take_frames(d, 0, 0);
 }
 

@@ -8,10 +8,13 @@
 
 #include "base/alloc.h"
 #include "base/file.h"
+#include "base/log.h"
+#include "base/random.h"
 
 #include <errno.h>
 #include <inttypes.h>
 #include <poll.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,22 +28,29 @@
 enum {
     PARTS_MAX = 2 + KVL_FRAMES_MAX, /* identity, control, bulk */
     IDENTITY_BYTES_MAX = 255,
-    POLL_ITEMS_MAX = 2 + 2 * KVL_PEERS_MAX,
+    POLL_ITEMS_MAX = 3 + 2 * KVL_PEERS_MAX,
     RECONNECT_MS = 20,
     RECONNECT_MS_MAX = 200,
     HANDSHAKE_MS = 2000,
+    ZAP_FRAMES = 7, /* ZeroMQ's RFC 27: version, request, domain, address, identity, CURVE, key */
 };
 
 typedef struct client {
     bool used;
     uint8_t n_bytes;
     uint8_t identity[IDENTITY_BYTES_MAX];
+    char key[KVL_KEY_TEXT_BYTES]; /* "": none was asked for */
 } client;
 
 struct kvl_transport {
     void *zmq;
     int wake_fd;
     void *router; /* NULL: nobody can dial us */
+    void *zap;    /* who is asked about keys; NULL without keys */
+    kvl_key_pair keys;
+    bool has_keys, router_has_keys;
+    kvl_allow_list *allow_list;
+    _Atomic uint64_t n_refused;
     uint32_t n_peers;
     void *dealers[KVL_PEERS_MAX];
     void *monitors[KVL_PEERS_MAX];
@@ -70,7 +80,19 @@ static kvl_status check_ipc(const char *endpoint, const char *path, kvl_error *e
     return KVL_OK;
 }
 
-static kvl_status check_tcp(const char *endpoint, const char *address, kvl_error *error)
+/* A name of the loopback, as people write it. */
+static bool is_loopback(const char *address, size_t n)
+{
+    unsigned a = 0, b = 0, c = 0;
+    int used = 0;
+    const bool v4 = sscanf(address, "127.%3u.%3u.%3u%n", &a, &b, &c, &used) == 3 &&
+                    (size_t)used == n && a < 256 && b < 256 && c < 256;
+    const bool v6 = n == strlen("[::1]") && strncmp(address, "[::1]", n) == 0;
+    return v4 || v6 || (n == strlen("localhost") && strncmp(address, "localhost", n) == 0);
+}
+
+static kvl_status check_tcp(const char *endpoint, const char *address, bool has_keys,
+                            kvl_error *error)
 {
     const char *colon = strrchr(address, ':');
     char *end = NULL;
@@ -81,25 +103,19 @@ static kvl_status check_tcp(const char *endpoint, const char *address, kvl_error
         return KVL_FAIL(error, KVL_ERR_INVALID, "endpoint %.200s: must end with a port, 1 to 65535",
                         endpoint);
     }
-    const size_t n = (size_t)(colon - address);
-    unsigned a = 0, b = 0, c = 0;
-    int used = 0;
-    const bool v4 = sscanf(address, "127.%3u.%3u.%3u%n", &a, &b, &c, &used) == 3 &&
-                    (size_t)used == n && a < 256 && b < 256 && c < 256;
-    const bool v6 = n == strlen("[::1]") && strncmp(address, "[::1]", n) == 0;
-    const bool named = n == strlen("localhost") && strncmp(address, "localhost", n) == 0;
-    if (v4 || v6 || named) return KVL_OK;
+    if (has_keys || is_loopback(address, (size_t)(colon - address))) return KVL_OK;
     return KVL_FAIL(
         error, KVL_ERR_DENIED,
-        "endpoint %.200s is not on this machine's loopback; this version has no keys for "
-        "connections between machines: use ipc:// or tcp://127.0.0.1:PORT",
+        "endpoint %.200s is not on this machine's loopback: between machines both sides "
+        "need keys and whoever listens an allow-list; see `kvloom keygen --help`",
         endpoint);
 }
 
-kvl_status kvl_endpoint_check(const char *endpoint, kvl_error *error)
+kvl_status kvl_endpoint_check(const char *endpoint, bool has_keys, kvl_error *error)
 {
     if (strncmp(endpoint, "ipc://", 6) == 0) return check_ipc(endpoint, endpoint + 6, error);
-    if (strncmp(endpoint, "tcp://", 6) == 0) return check_tcp(endpoint, endpoint + 6, error);
+    if (strncmp(endpoint, "tcp://", 6) == 0)
+        return check_tcp(endpoint, endpoint + 6, has_keys, error);
     return KVL_FAIL(error, KVL_ERR_INVALID, "endpoint %.200s: must begin with ipc:// or tcp://",
                     endpoint);
 }
@@ -163,6 +179,18 @@ static void set_int(void *socket, int option, int value)
     KVL_ASSERT(zmq_setsockopt(socket, option, &value, sizeof value) == 0);
 }
 
+static void set_text(void *socket, int option, const char *text)
+{
+    KVL_ASSERT(zmq_setsockopt(socket, option, text, strlen(text)) == 0);
+}
+
+/* Between machines a connection may die without a word. */
+static void notice_dead_connections(void *socket)
+{
+    set_int(socket, ZMQ_HEARTBEAT_IVL, 1000);
+    set_int(socket, ZMQ_HEARTBEAT_TIMEOUT, 5000);
+}
+
 /* Every queue has an end, and no frame is larger than the protocol's: ZeroMQ cuts a connection that
  * announces more before it allocates anything. */
 static void *open_socket(kvl_transport *t, int type)
@@ -190,6 +218,13 @@ static kvl_status bind_router(kvl_transport *t, const char *endpoint, kvl_error 
     if (t->router == NULL) return fail_errno(error, "open a socket for", endpoint);
     set_int(t->router, ZMQ_ROUTER_MANDATORY, 1);
     set_int(t->router, ZMQ_ROUTER_HANDOVER, 1);
+    if (!is_file && t->has_keys) {
+        t->router_has_keys = true;
+        set_int(t->router, ZMQ_CURVE_SERVER, 1);
+        set_text(t->router, ZMQ_CURVE_SECRETKEY, t->keys.secret_key);
+        set_text(t->router, ZMQ_ZAP_DOMAIN, "kvloom");
+        notice_dead_connections(t->router);
+    }
     if (zmq_bind(t->router, endpoint) != 0) return fail_errno(error, "listen at", endpoint);
     if (!is_file) return KVL_OK;
     struct stat about;
@@ -211,20 +246,29 @@ static void remove_socket_file(const kvl_transport *t)
     }
 }
 
-/* The identity has the epoch in it, so a restarted process never inherits what waits for the one
- * before it. */
+/* The identity has 64 random bits in it, drawn for this connection: a restarted process never
+ * inherits what waits for the one before it, and nobody but the server at the other end can know it
+ * and take its place there. */
 static kvl_status dial(kvl_transport *t, const kvl_transport_options *options, uint32_t i,
                        kvl_error *error)
 {
     const char *endpoint = options->peers[i].endpoint;
     char identity[KVL_NAME_BYTES_MAX + 18];
+    uint64_t nobody_knows = 0;
+    kvl_random_secret(&nobody_knows, sizeof nobody_knows);
     const int n =
-        snprintf(identity, sizeof identity, "%s#%016" PRIx64, options->name, options->epoch);
+        snprintf(identity, sizeof identity, "%s#%016" PRIx64, options->name, nobody_knows);
     KVL_ASSERT(n > 0 && (size_t)n < sizeof identity);
     void *dealer = t->dealers[i] = open_socket(t, ZMQ_DEALER);
     if (dealer == NULL) return fail_errno(error, "open a socket for", endpoint);
     KVL_ASSERT(zmq_setsockopt(dealer, ZMQ_ROUTING_ID, identity, (size_t)n) == 0);
     set_int(dealer, ZMQ_IMMEDIATE, 1);
+    if (strncmp(endpoint, "tcp://", 6) == 0 && options->peers[i].public_key != NULL) {
+        set_text(dealer, ZMQ_CURVE_SERVERKEY, options->peers[i].public_key);
+        set_text(dealer, ZMQ_CURVE_PUBLICKEY, t->keys.public_key);
+        set_text(dealer, ZMQ_CURVE_SECRETKEY, t->keys.secret_key);
+        notice_dead_connections(dealer);
+    }
     set_int(dealer, ZMQ_RECONNECT_IVL, RECONNECT_MS);
     set_int(dealer, ZMQ_RECONNECT_IVL_MAX, RECONNECT_MS_MAX);
 
@@ -242,12 +286,21 @@ static kvl_status dial(kvl_transport *t, const kvl_transport_options *options, u
     return KVL_OK;
 }
 
+/* Before any socket that has keys: ZeroMQ asks here during each handshake. */
+static kvl_status open_zap(kvl_transport *t, kvl_error *error)
+{
+    t->zap = zmq_socket(t->zmq, ZMQ_REP);
+    if (t->zap != NULL && zmq_bind(t->zap, "inproc://zeromq.zap.01") == 0) return KVL_OK;
+    return fail_errno(error, "answer for keys at", "inproc://zeromq.zap.01");
+}
+
 static kvl_status open_all(kvl_transport *t, const kvl_transport_options *options, kvl_error *error)
 {
     t->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (t->wake_fd < 0) return fail_errno(error, "make an eventfd for", options->name);
     t->zmq = zmq_ctx_new();
     if (t->zmq == NULL) return fail_errno(error, "start ZeroMQ for", options->name);
+    if (t->has_keys) KVL_TRY(open_zap(t, error));
     if (options->endpoint != NULL) KVL_TRY(bind_router(t, options->endpoint, error));
     t->n_peers = (uint32_t)options->n_peers;
     for (uint32_t i = 0; i < t->n_peers; i++) KVL_TRY(dial(t, options, i, error));
@@ -255,9 +308,40 @@ static kvl_status open_all(kvl_transport *t, const kvl_transport_options *option
     t->items[0] = (zmq_pollitem_t){.fd = t->wake_fd, .events = ZMQ_POLLIN};
     /* Without a router its place in the list stands for the eventfd once more. */
     t->items[1] = (zmq_pollitem_t){.socket = t->router, .fd = t->wake_fd, .events = ZMQ_POLLIN};
+    t->items[2] = (zmq_pollitem_t){.socket = t->zap, .fd = t->wake_fd, .events = ZMQ_POLLIN};
     for (uint32_t i = 0; i < t->n_peers; i++) {
-        t->items[2 + 2 * i] = (zmq_pollitem_t){.socket = t->dealers[i], .events = ZMQ_POLLIN};
-        t->items[3 + 2 * i] = (zmq_pollitem_t){.socket = t->monitors[i], .events = ZMQ_POLLIN};
+        t->items[3 + 2 * i] = (zmq_pollitem_t){.socket = t->dealers[i], .events = ZMQ_POLLIN};
+        t->items[4 + 2 * i] = (zmq_pollitem_t){.socket = t->monitors[i], .events = ZMQ_POLLIN};
+    }
+    return KVL_OK;
+}
+
+/* Keys without a list would let anybody in: ZeroMQ takes every key unless somebody refuses. */
+static kvl_status check_all(const kvl_transport_options *options, kvl_error *error)
+{
+    const bool has_keys = options->keys != NULL;
+    if (options->endpoint != NULL) {
+        KVL_TRY(kvl_endpoint_check(options->endpoint, has_keys, error));
+        const bool is_tcp = strncmp(options->endpoint, "tcp://", 6) == 0;
+        if (is_tcp && has_keys && options->allow_list == NULL) {
+            return KVL_FAIL(
+                error, KVL_ERR_DENIED,
+                "endpoint %.200s has keys but no allow-list: name those who may connect",
+                options->endpoint);
+        }
+    }
+    if (has_keys && zmq_has("curve") != 1) {
+        return KVL_FAIL(error, KVL_ERR_UNSUPPORTED, "this libzmq was built without CURVE");
+    }
+    for (size_t i = 0; i < options->n_peers; i++) {
+        const kvl_exchange_peer *peer = &options->peers[i];
+        KVL_TRY(kvl_endpoint_check(peer->endpoint, has_keys && peer->public_key != NULL, error));
+        if (peer->public_key == NULL) continue;
+        if (!has_keys || !kvl_key_text_is_valid(peer->public_key)) {
+            return KVL_FAIL(error, KVL_ERR_INVALID, "peer %s: %s", peer->name,
+                            has_keys ? "its public key is not one of `kvloom keygen`"
+                                     : "it has a public key, but there is no key pair of our own");
+        }
     }
     return KVL_OK;
 }
@@ -267,13 +351,13 @@ kvl_status kvl_transport_open(const kvl_transport_options *options, kvl_transpor
 {
     *transport = NULL;
     KVL_ASSERT(options->n_peers <= KVL_PEERS_MAX);
-    if (options->endpoint != NULL) KVL_TRY(kvl_endpoint_check(options->endpoint, error));
-    for (size_t i = 0; i < options->n_peers; i++) {
-        KVL_TRY(kvl_endpoint_check(options->peers[i].endpoint, error));
-    }
+    KVL_TRY(check_all(options, error));
     kvl_transport *t = kvl_alloc_zero(1, sizeof *t);
     if (t == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for the transport");
     t->wake_fd = -1;
+    t->has_keys = options->keys != NULL;
+    if (t->has_keys) t->keys = *options->keys;
+    t->allow_list = options->allow_list;
     const kvl_status status = open_all(t, options, error);
     if (status < 0) {
         kvl_transport_close(t);
@@ -294,10 +378,12 @@ void kvl_transport_close(kvl_transport *t)
         if (t->dealers[i] != NULL) (void)zmq_close(t->dealers[i]);
     }
     if (t->router != NULL) (void)zmq_close(t->router);
+    if (t->zap != NULL) (void)zmq_close(t->zap);
     if (t->zmq != NULL) {
         while (zmq_ctx_term(t->zmq) != 0 && errno == EINTR) continue;
     }
     if (t->wake_fd >= 0) (void)close(t->wake_fd);
+    kvl_key_pair_wipe(&t->keys);
     kvl_free(t);
 }
 
@@ -407,9 +493,36 @@ static size_t receive_parts(void *socket, zmq_msg_t parts[PARTS_MAX])
     return n;
 }
 
-/* The slot of an identity, a fresh one if it is new; KVL_CLIENTS_MAX when all are taken. */
-static uint32_t find_client(kvl_transport *t, const void *identity, size_t n_bytes)
+/* The key that the connection of a message has proved to hold; "" for ipc and plain tcp. */
+static const char *key_of(zmq_msg_t *part)
 {
+    const char *key = zmq_msg_gets(part, "User-Id");
+    return key == NULL ? "" : key;
+}
+
+/* False: the key is not on the list any more. */
+static bool admit(kvl_transport *t, uint32_t slot, const kvl_transport_events *events)
+{
+    const client *it = &t->clients[slot];
+    kvl_access access;
+    if (it->key[0] == '\0') {
+        /* Where keys are asked for, a message without one is nobody's. */
+        if (t->router_has_keys) return false;
+        events->admitted(events->context, KVL_LINK_CLIENT + slot, NULL);
+        return true;
+    }
+    if (!kvl_allow_list_find(t->allow_list, it->key, &access)) return false;
+    events->admitted(events->context, KVL_LINK_CLIENT + slot, &access);
+    return true;
+}
+
+/* The slot of an identity, a fresh one if it is new; KVL_CLIENTS_MAX when all are taken, or when
+ * the identity is another key's. */
+static uint32_t find_client(kvl_transport *t, zmq_msg_t *parts, const kvl_transport_events *events)
+{
+    const void *identity = zmq_msg_data(&parts[0]);
+    const size_t n_bytes = zmq_msg_size(&parts[0]);
+    const char *key = key_of(&parts[1]); /* the identity's frame is ZeroMQ's own and has none */
     uint32_t fresh = KVL_CLIENTS_MAX;
     for (uint32_t k = 0; k < KVL_CLIENTS_MAX; k++) {
         const uint32_t i = (t->last_client + k) % KVL_CLIENTS_MAX;
@@ -417,16 +530,38 @@ static uint32_t find_client(kvl_transport *t, const void *identity, size_t n_byt
         if (!it->used) {
             if (fresh == KVL_CLIENTS_MAX) fresh = i;
         } else if (it->n_bytes == n_bytes && memcmp(it->identity, identity, n_bytes) == 0) {
+            if (strcmp(it->key, key) != 0) return KVL_CLIENTS_MAX;
             t->last_client = i;
             return i;
         }
     }
     if (fresh == KVL_CLIENTS_MAX || n_bytes > IDENTITY_BYTES_MAX) return KVL_CLIENTS_MAX;
     client *it = &t->clients[fresh];
-    it->used = true;
     it->n_bytes = (uint8_t)n_bytes;
     memcpy(it->identity, identity, n_bytes);
+    (void)snprintf(it->key, sizeof it->key, "%s", key);
+    if (!admit(t, fresh, events)) return KVL_CLIENTS_MAX;
+    it->used = true;
     return fresh;
+}
+
+void kvl_transport_recheck(kvl_transport *t, const kvl_transport_events *events)
+{
+    for (uint32_t slot = 0; slot < KVL_CLIENTS_MAX; slot++) {
+        if (!t->clients[slot].used || admit(t, slot, events)) continue;
+        events->disconnected(events->context, KVL_LINK_CLIENT + slot);
+        t->clients[slot].used = false;
+    }
+}
+
+int kvl_transport_wake_fd(const kvl_transport *t)
+{
+    return t->wake_fd;
+}
+
+uint64_t kvl_transport_n_refused(const kvl_transport *t)
+{
+    return atomic_load(&t->n_refused);
 }
 
 void kvl_transport_forget(kvl_transport *t, kvl_link link)
@@ -458,9 +593,7 @@ static void drain_router(kvl_transport *t, const kvl_transport_events *events)
         const size_t n = receive_parts(t->router, parts);
         if (n == 0) return;
         /* An identity alone is no message; without a free slot there is nobody to answer to. */
-        const uint32_t slot =
-            n < 2 ? KVL_CLIENTS_MAX
-                  : find_client(t, zmq_msg_data(&parts[0]), zmq_msg_size(&parts[0]));
+        const uint32_t slot = n < 2 ? KVL_CLIENTS_MAX : find_client(t, parts, events);
         if (slot < KVL_CLIENTS_MAX) {
             hand_over(KVL_LINK_CLIENT + slot, parts + 1, n - 1, 1 + KVL_FRAMES_MAX, events);
         }
@@ -506,6 +639,42 @@ static void drain_monitor(kvl_transport *t, uint32_t peer, const kvl_transport_e
     }
 }
 
+static void answer_zap(kvl_transport *t, zmq_msg_t *parts, const char *status, const char *key)
+{
+    const char *texts[] = {"1.0", NULL, status, status[0] == '2' ? "" : "not on the allow-list",
+                           key,   ""};
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        const int more = i + 1 < sizeof texts / sizeof *texts ? ZMQ_SNDMORE : 0;
+        const void *bytes = texts[i] != NULL ? texts[i] : zmq_msg_data(&parts[1]);
+        const size_t n = texts[i] != NULL ? strlen(texts[i]) : zmq_msg_size(&parts[1]);
+        (void)zmq_send(t->zap, bytes, n, more | ZMQ_DONTWAIT);
+    }
+}
+
+/* Who is on the list may come in, under the name of its key; the list decides, and nothing that the
+ * other side says. */
+static void drain_zap(kvl_transport *t)
+{
+    zmq_msg_t parts[PARTS_MAX];
+    for (;;) {
+        const size_t n = receive_parts(t->zap, parts);
+        if (n == 0) return;
+        char key[KVL_KEY_TEXT_BYTES] = "";
+        const bool is_curve = n == ZAP_FRAMES && zmq_msg_size(&parts[5]) == strlen("CURVE") &&
+                              memcmp(zmq_msg_data(&parts[5]), "CURVE", 5) == 0 &&
+                              zmq_msg_size(&parts[6]) == KVL_PUBLIC_KEY_BYTES;
+        if (is_curve) (void)zmq_z85_encode(key, zmq_msg_data(&parts[6]), KVL_PUBLIC_KEY_BYTES);
+        const bool may_enter =
+            is_curve && t->allow_list != NULL && kvl_allow_list_find(t->allow_list, key, NULL);
+        if (!may_enter) {
+            atomic_fetch_add(&t->n_refused, 1);
+            kvl_log(KVL_LOG_WARN, "key_refused", "key=%s", key);
+        }
+        if (n >= 2) answer_zap(t, parts, may_enter ? "200" : "400", may_enter ? key : "");
+        close_parts(parts, n < PARTS_MAX ? n : PARTS_MAX);
+    }
+}
+
 void kvl_transport_wake(kvl_transport *t)
 {
     const uint64_t one = 1;
@@ -515,17 +684,18 @@ void kvl_transport_wake(kvl_transport *t)
 void kvl_transport_poll(kvl_transport *t, int timeout_ms, const kvl_transport_events *events)
 {
     zmq_pollitem_t *items = t->items;
-    const int n_items = (int)(2 + 2 * t->n_peers);
+    const int n_items = (int)(3 + 2 * t->n_peers);
     if (zmq_poll(items, n_items, timeout_ms) <= 0) return;
     if ((items[0].revents & ZMQ_POLLIN) != 0) {
         uint64_t count = 0;
         (void)!read(t->wake_fd, &count, sizeof count);
     }
+    if (t->zap != NULL && (items[2].revents & ZMQ_POLLIN) != 0) drain_zap(t);
     if (t->router != NULL && (items[1].revents & ZMQ_POLLIN) != 0) drain_router(t, events);
     for (uint32_t i = 0; i < t->n_peers; i++) {
-        if ((items[2 + 2 * i].revents & ZMQ_POLLIN) != 0) {
+        if ((items[3 + 2 * i].revents & ZMQ_POLLIN) != 0) {
             drain_dealer(t, i, KVL_MESSAGES_PER_TURN, events);
         }
-        if ((items[3 + 2 * i].revents & ZMQ_POLLIN) != 0) drain_monitor(t, i, events);
+        if ((items[4 + 2 * i].revents & ZMQ_POLLIN) != 0) drain_monitor(t, i, events);
     }
 }

@@ -28,12 +28,17 @@ typedef struct kvl_transport_options {
     const char *endpoint; /* NULL: nobody can dial us */
     const kvl_exchange_peer *peers;
     size_t n_peers;
+    const kvl_key_pair *keys;   /* NULL: none, and so no tcp but on the loopback; copied */
+    kvl_allow_list *allow_list; /* who may dial us over tcp where there are keys; borrowed */
 } kvl_transport_options;
 
 /* What happened; called from kvl_transport_poll. May call kvl_transport_send and _forget. */
 typedef struct kvl_transport_events {
     void (*connected)(void *context, kvl_link link);
     void (*disconnected)(void *context, kvl_link link);
+    /* Who is behind a link that dialled us, before its first message, and again when that changed;
+     * NULL: whoever can reach the endpoint. */
+    void (*admitted)(void *context, kvl_link link, const kvl_access *access);
     /* All of it is borrowed for the call. */
     void (*message)(void *context, kvl_link link, const void *control, size_t n_control_bytes,
                     const kvl_frame *frames, size_t n_frames);
@@ -42,9 +47,10 @@ typedef struct kvl_transport_events {
     void *context;
 } kvl_transport_events;
 
-/* Checks the form of an endpoint: ipc:// and a path, or tcp:// and a loopback address with a port.
- * Errors   KVL_ERR_INVALID, KVL_ERR_DENIED (another address: there are no keys for it yet) */
-KVL_MUST_USE kvl_status kvl_endpoint_check(const char *endpoint, kvl_error *error);
+/* Checks the form of an endpoint: ipc:// and a path, or tcp://, an address and a port. Without keys
+ * on both sides only a loopback address is allowed.
+ * Errors   KVL_ERR_INVALID, KVL_ERR_DENIED (another address without keys) */
+KVL_MUST_USE kvl_status kvl_endpoint_check(const char *endpoint, bool has_keys, kvl_error *error);
 
 /* Binds and begins to dial. A socket file that nobody listens to any more is removed; one that
  * somebody listens to is not.
@@ -67,6 +73,12 @@ KVL_MUST_USE kvl_status kvl_transport_send(kvl_transport *transport, kvl_link li
                                            const void *control, size_t n_control_bytes,
                                            const kvl_frame *frames, size_t n_frames,
                                            kvl_owner owner);
+/* The allow-list has changed: links whose key is not on it any more end at once. */
+void kvl_transport_recheck(kvl_transport *transport, const kvl_transport_events *events);
+/* The eventfd that ends a poll; borrowed. */
+int kvl_transport_wake_fd(const kvl_transport *transport);
+/* Connections that were refused during the handshake. */
+uint64_t kvl_transport_n_refused(const kvl_transport *transport);
 /* A client's slot is free again. */
 void kvl_transport_forget(kvl_transport *transport, kvl_link link);
 

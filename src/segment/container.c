@@ -35,7 +35,8 @@ struct kvl_container {
     block_progress *progress;    /* NULL: sealed from the start */
     const uint8_t *bytes;
     uint8_t *own; /* the same bytes where they are ours, else NULL */
-    size_t capacity;
+    kvl_spare memory;
+    _Atomic bool was_lent;
     void (*release)(void *context);
     void *release_context;
 };
@@ -49,7 +50,7 @@ bool kvl_container_is_sealed(const kvl_container *container)
 static void discard(kvl_container *container)
 {
     kvl_header_message_free(container->message);
-    kvl_spare_give(container->own, container->capacity);
+    kvl_spare_give(container->memory, !atomic_load(&container->was_lent));
     kvl_free(container->progress);
     kvl_free(container);
 }
@@ -75,11 +76,11 @@ static kvl_status add_progress(kvl_container *container, int state, kvl_error *e
 static kvl_status add_bytes(kvl_container *container, kvl_error *error)
 {
     const size_t n_bytes = (size_t)container->layout.n_bytes;
-    container->own = kvl_spare_take(n_bytes, &container->capacity);
-    container->bytes = container->own;
-    if (container->own == NULL)
+    if (!kvl_spare_take(n_bytes, &container->memory))
         return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a container of %zu bytes",
                         n_bytes);
+    container->own = container->memory.bytes;
+    container->bytes = container->own;
     return KVL_OK;
 }
 
@@ -248,6 +249,18 @@ void kvl_container_release(kvl_container *container)
     if (release != NULL) release(context);
 }
 
+uint32_t kvl_container_n_references(const kvl_container *container)
+{
+    return atomic_load_explicit(&container->n_references, memory_order_acquire);
+}
+
+int kvl_container_lend(kvl_container *container)
+{
+    if (container->own == NULL || container->memory.fd < 0) return -1;
+    atomic_store(&container->was_lent, true);
+    return container->memory.fd;
+}
+
 const kvl_container_info *kvl_container_info_of(const kvl_container *container)
 {
     return &container->info;
@@ -265,6 +278,11 @@ const void *kvl_container_bytes(const kvl_container *container, size_t *n_bytes)
     KVL_ASSERT(kvl_container_is_sealed(container));
     *n_bytes = (size_t)container->layout.n_bytes;
     return container->bytes;
+}
+
+uint64_t kvl_container_n_bytes(const kvl_container *container)
+{
+    return container->layout.n_bytes;
 }
 
 uint32_t kvl_container_n_blocks(const kvl_container *container)

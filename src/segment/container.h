@@ -93,6 +93,18 @@ KVL_MUST_USE kvl_status kvl_container_borrow(const void *bytes, size_t n_bytes,
 void kvl_container_share(kvl_container *container);   /* one reference more */
 void kvl_container_release(kvl_container *container); /* one less; NULL does nothing */
 
+/* How many hold it now: who holds the only reference knows that nobody else reads it. */
+uint32_t kvl_container_n_references(const kvl_container *container);
+
+/* From now on containers of at least n_bytes_min bytes are made in memory that can be lent to other
+ * processes; 0 switches this off again. For the whole process; by default off. */
+void kvl_container_use_shared_memory(size_t n_bytes_min);
+/* Descriptor of a sealed file whose first bytes are the container's, to be passed to a process that
+ * maps it for reading; borrowed until the container ends. -1: this one's memory cannot be lent.
+ * Memory that was lent once is never used for another container. A container that is still being
+ * received may be lent too: its reader may look at a block when that block has been checked. */
+int kvl_container_lend(kvl_container *container);
+
 /* Borrowed until the container ends. */
 const kvl_container_info *kvl_container_info_of(const kvl_container *container);
 /* Everything before the first block: what kvl_container_from_header reads. Not of a container of
@@ -100,6 +112,7 @@ const kvl_container_info *kvl_container_info_of(const kvl_container *container);
 const void *kvl_container_header(const kvl_container *container, size_t *n_bytes);
 /* All bytes, of a sealed container. */
 const void *kvl_container_bytes(const kvl_container *container, size_t *n_bytes);
+uint64_t kvl_container_n_bytes(const kvl_container *container);  /* also before it is sealed */
 uint32_t kvl_container_n_blocks(const kvl_container *container); /* = n_layers */
 /* Block of a layer, 64-byte aligned in memory we made. Writable until sealed. */
 void *kvl_container_block(kvl_container *container, uint32_t block, size_t *n_bytes);

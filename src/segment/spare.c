@@ -11,6 +11,7 @@
 #include "segment/container.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <sys/mman.h>
 
 enum { SPARES_MAX = 4 };
@@ -19,20 +20,18 @@ static const size_t SPARE_BYTES_MIN = (size_t)1 << 20;
 static const size_t SPARE_BYTES_MAX = (size_t)256 << 20;
 static const size_t HUGE_PAGE_BYTES = (size_t)2 << 20;
 
-typedef struct spare {
-    void *bytes;
-    size_t capacity;
-} spare;
+/* Containers from this size on are made in shared memory; SIZE_MAX: none. */
+static _Atomic size_t shared_bytes_min = SIZE_MAX;
 
 /* Oldest first. */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static spare spares[SPARES_MAX];
+static kvl_spare spares[SPARES_MAX];
 static size_t n_spares;
 static size_t n_spare_bytes;
 
-static spare remove_at(size_t index)
+static kvl_spare remove_at(size_t index)
 {
-    const spare removed = spares[index];
+    const kvl_spare removed = spares[index];
     n_spares--;
     n_spare_bytes -= removed.capacity;
     for (size_t i = index; i < n_spares; i++) spares[i] = spares[i + 1];
@@ -41,14 +40,17 @@ static spare remove_at(size_t index)
 
 /* The smallest that fits and is not more than twice as large: a large buffer under a small
  * container would be memory that no cap of a store counts. */
-static spare find_fit(size_t size)
+static bool find_fit(size_t size, bool shared, kvl_spare *memory)
 {
     size_t best = SPARES_MAX;
     for (size_t i = 0; i < n_spares; i++) {
         if (spares[i].capacity < size || spares[i].capacity / 2 > size) continue;
+        if ((spares[i].fd >= 0) != shared) continue;
         if (best == SPARES_MAX || spares[i].capacity < spares[best].capacity) best = i;
     }
-    return best == SPARES_MAX ? (spare){0} : remove_at(best);
+    if (best == SPARES_MAX) return false;
+    *memory = remove_at(best);
+    return true;
 }
 
 /* Only whole huge pages inside the buffer; a refusal changes nothing but speed. */
@@ -60,46 +62,74 @@ static void ask_for_huge_pages(void *bytes, size_t size)
     if (past > first) (void)madvise((void *)first, past - first, MADV_HUGEPAGE);
 }
 
-void *kvl_spare_take(size_t size, size_t *capacity)
+static bool make(size_t size, bool shared, kvl_spare *memory)
 {
-    KVL_ASSERT(size > 0);
-    if (size >= SPARE_BYTES_MIN) {
-        (void)pthread_mutex_lock(&lock);
-        const spare found = find_fit(size);
-        (void)pthread_mutex_unlock(&lock);
-        if (found.bytes != NULL) {
-            *capacity = found.capacity;
-            return found.bytes;
+    if (shared) {
+        kvl_shared_memory made;
+        if (kvl_alloc_shared(size, &made)) {
+            *memory = (kvl_spare){made.bytes, made.n_bytes, made.fd};
+        } else {
+            /* Without a descriptor the container is as good as any, it only cannot be lent. */
+            *memory = (kvl_spare){kvl_alloc_aligned(size), size, -1};
         }
+    } else {
+        *memory = (kvl_spare){kvl_alloc_aligned(size), size, -1};
     }
-    void *bytes = kvl_alloc_aligned(size);
-    if (bytes == NULL) return NULL;
-    if (size >= HUGE_PAGE_BYTES) ask_for_huge_pages(bytes, size);
-    *capacity = size;
-    return bytes;
+    if (memory->bytes == NULL) return false;
+    if (size >= HUGE_PAGE_BYTES) ask_for_huge_pages(memory->bytes, size);
+    return true;
 }
 
-void kvl_spare_give(void *bytes, size_t capacity)
+static void end(kvl_spare memory)
 {
-    if (bytes == NULL) return;
-    if (capacity < SPARE_BYTES_MIN || capacity > SPARE_BYTES_MAX) {
-        kvl_free(bytes);
+    if (memory.fd < 0) {
+        kvl_free(memory.bytes);
+    } else {
+        kvl_shared_memory shared = {memory.bytes, memory.capacity, memory.fd};
+        kvl_free_shared(&shared);
+    }
+}
+
+bool kvl_spare_take(size_t size, kvl_spare *memory)
+{
+    KVL_ASSERT(size > 0);
+    const bool shared = size >= atomic_load_explicit(&shared_bytes_min, memory_order_relaxed);
+    if (size >= SPARE_BYTES_MIN) {
+        (void)pthread_mutex_lock(&lock);
+        const bool found = find_fit(size, shared, memory);
+        (void)pthread_mutex_unlock(&lock);
+        if (found) return true;
+    }
+    return make(size, shared, memory);
+}
+
+void kvl_spare_give(kvl_spare memory, bool may_be_used_again)
+{
+    if (memory.bytes == NULL) return;
+    if (!may_be_used_again || memory.capacity < SPARE_BYTES_MIN ||
+        memory.capacity > SPARE_BYTES_MAX) {
+        end(memory);
         return;
     }
-    void *dropped[SPARES_MAX];
+    kvl_spare dropped[SPARES_MAX];
     size_t n_dropped = 0;
     (void)pthread_mutex_lock(&lock);
-    while (n_spares == SPARES_MAX || n_spare_bytes > SPARE_BYTES_MAX - capacity)
-        dropped[n_dropped++] = remove_at(0).bytes;
-    spares[n_spares++] = (spare){bytes, capacity};
-    n_spare_bytes += capacity;
+    while (n_spares == SPARES_MAX || n_spare_bytes > SPARE_BYTES_MAX - memory.capacity)
+        dropped[n_dropped++] = remove_at(0);
+    spares[n_spares++] = memory;
+    n_spare_bytes += memory.capacity;
     (void)pthread_mutex_unlock(&lock);
-    for (size_t i = 0; i < n_dropped; i++) kvl_free(dropped[i]);
+    for (size_t i = 0; i < n_dropped; i++) end(dropped[i]);
 }
 
 void kvl_container_spare_clear(void)
 {
     (void)pthread_mutex_lock(&lock);
-    while (n_spares > 0) kvl_free(remove_at(n_spares - 1).bytes);
+    while (n_spares > 0) end(remove_at(n_spares - 1));
     (void)pthread_mutex_unlock(&lock);
+}
+
+void kvl_container_use_shared_memory(size_t n_bytes_min)
+{
+    atomic_store(&shared_bytes_min, n_bytes_min == 0 ? SIZE_MAX : n_bytes_min);
 }

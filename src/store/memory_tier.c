@@ -26,6 +26,7 @@ typedef struct memory_tier {
     kvl_entry_map map;
     kvl_entry_list probation, protected;
     uint64_t protected_bytes;
+    bool keeps_held; /* what others hold is not evicted, and so is always counted */
     kvl_tier_stats stats;
 } memory_tier;
 
@@ -66,20 +67,35 @@ static void end_entries(kvl_entry *entry)
     }
 }
 
-/* Makes room for n_bytes more; gives what was evicted as a chain. */
-static kvl_entry *evict(memory_tier *self, uint64_t n_bytes)
+/* The next to go, oldest on probation first; NULL where others hold all that is there. Nobody else
+ * can get hold of a container meanwhile: that takes the lock, or a reference. */
+static kvl_entry *find_victim(const memory_tier *self)
 {
-    kvl_entry *evicted = NULL;
+    for (int pass = 0; pass < 2; pass++) {
+        kvl_entry *at = pass == 0 ? self->probation.oldest : self->protected.oldest;
+        for (; at != NULL; at = at->newer) {
+            if (!self->keeps_held || kvl_container_n_references(entry_of(at)->container) == 1)
+                return at;
+        }
+    }
+    return NULL;
+}
+
+/* Makes room for n_bytes more; gives what was evicted as a chain. False where that was not
+ * enough. */
+static bool evict(memory_tier *self, uint64_t n_bytes, kvl_entry **evicted)
+{
+    *evicted = NULL;
     while (self->stats.bytes > self->stats.bytes_max - n_bytes) {
-        kvl_entry *oldest =
-            self->probation.oldest != NULL ? self->probation.oldest : self->protected.oldest;
-        KVL_ASSERT(oldest != NULL);
+        kvl_entry *oldest = find_victim(self);
+        KVL_ASSERT(oldest != NULL || self->keeps_held);
+        if (oldest == NULL) return false;
         unlink_entry(self, entry_of(oldest));
         self->stats.evictions++;
-        oldest->newer = evicted;
-        evicted = oldest;
+        oldest->newer = *evicted;
+        *evicted = oldest;
     }
-    return evicted;
+    return true;
 }
 
 static void use_entry(memory_tier *self, memory_entry *entry)
@@ -114,22 +130,29 @@ static kvl_status memory_put(kvl_tier *tier, kvl_container *container, kvl_error
     if (made == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "memory: no memory for an entry");
     made->entry.id = kvl_container_info_of(container)->id;
     made->n_bytes = n_bytes;
-    (void)pthread_mutex_lock(&self->lock);
     kvl_entry *ended = NULL;
+    kvl_entry *unused = &made->entry;
+    kvl_status status = KVL_OK;
+    (void)pthread_mutex_lock(&self->lock);
     if (kvl_entry_map_find(&self->map, &made->entry.id) != NULL) {
-        ended = &made->entry; /* there already: nothing changes, not even the order */
+        /* There already: nothing changes, not even the order. */
+    } else if (!evict(self, n_bytes, &ended)) {
+        status = KVL_FAIL(error, KVL_ERR_BUSY,
+                          "memory: no room for %zu bytes, all of the %" PRIu64 " here are in use",
+                          n_bytes, self->stats.bytes);
     } else {
         kvl_container_share(container);
         made->container = container;
-        ended = evict(self, n_bytes);
         kvl_entry_map_add(&self->map, &made->entry);
         kvl_entry_list_append(&self->probation, &made->entry);
         self->stats.n_containers++;
         self->stats.bytes += n_bytes;
+        unused = NULL;
     }
     (void)pthread_mutex_unlock(&self->lock);
     end_entries(ended);
-    return KVL_OK;
+    if (unused != NULL) end_entry(entry_of(unused));
+    return status;
 }
 
 /* Takes out the entry of this very container; another of the same id may stand there by now. */
@@ -243,7 +266,8 @@ static void memory_destroy(kvl_tier *tier)
     kvl_free(self);
 }
 
-kvl_status kvl_memory_tier_create(uint64_t bytes_max, kvl_tier **tier, kvl_error *error)
+static kvl_status create_tier(uint64_t bytes_max, bool keeps_held, kvl_tier **tier,
+                              kvl_error *error)
 {
     static const kvl_tier_ops ops = {
         .name = "memory",
@@ -265,6 +289,7 @@ kvl_status kvl_memory_tier_create(uint64_t bytes_max, kvl_tier **tier, kvl_error
     if (made == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "memory: no memory for the tier");
     made->tier.ops = &ops;
     made->stats.bytes_max = bytes_max;
+    made->keeps_held = keeps_held;
     const kvl_status status = kvl_entry_map_init(&made->map, error);
     if (status != KVL_OK) {
         kvl_free(made);
@@ -273,4 +298,14 @@ kvl_status kvl_memory_tier_create(uint64_t bytes_max, kvl_tier **tier, kvl_error
     (void)pthread_mutex_init(&made->lock, NULL);
     *tier = &made->tier;
     return KVL_OK;
+}
+
+kvl_status kvl_memory_tier_create(uint64_t bytes_max, kvl_tier **tier, kvl_error *error)
+{
+    return create_tier(bytes_max, false, tier, error);
+}
+
+kvl_status kvl_memory_tier_create_holding(uint64_t bytes_max, kvl_tier **tier, kvl_error *error)
+{
+    return create_tier(bytes_max, true, tier, error);
 }

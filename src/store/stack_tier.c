@@ -29,8 +29,9 @@ static void put_into_faster(stack_tier *self, size_t n_faster, kvl_container *co
         kvl_tier *tier = self->tiers[i];
         kvl_error error = {.text = ""};
         const kvl_status status = tier->ops->put(tier, container, &error);
-        /* Too large for a small tier is nothing to report every time. */
-        if (status != KVL_OK && status != KVL_ERR_TOO_LARGE)
+        /* Too large for a small tier, or no room in one that is in use, is nothing to report every
+         * time. */
+        if (status != KVL_OK && status != KVL_ERR_TOO_LARGE && status != KVL_ERR_BUSY)
             kvl_log(KVL_LOG_WARN, "tier_put_failed", "tier=%s status=%s reason=\"%s\"",
                     tier->ops->name, kvl_status_name(status), error.text);
     }

@@ -57,6 +57,12 @@ struct kvl_tier {
 KVL_MUST_USE kvl_status kvl_memory_tier_create(uint64_t bytes_max, kvl_tier **tier,
                                                kvl_error *error);
 
+/* Same, but nothing is evicted that somebody else holds: for a tier whose containers are lent to
+ * other processes, so that what they hold stays within the cap. put answers KVL_ERR_BUSY where all
+ * the rest does not make room. */
+KVL_MUST_USE kvl_status kvl_memory_tier_create_holding(uint64_t bytes_max, kvl_tier **tier,
+                                                       kvl_error *error);
+
 typedef struct kvl_lmdb_tier_options {
     const char *path;       /* directory, made where missing */
     uint64_t bytes_max;     /* > 0; the oldest used go first above 95 % of it, down to 90 % */

@@ -503,7 +503,11 @@ static void revive(sim *s, uint32_t index)
         .store = &h->store.tier,
         .timeout_ms = 800,
         .runs_tasks = true,
-        .output = {sim_send, sim_complete, sim_task, sim_event, h},
+        .output = {.send = sim_send,
+                   .complete = sim_complete,
+                   .task = sim_task,
+                   .event = sim_event,
+                   .context = h},
     };
     KVL_ASSERT(kvl_protocol_create(&options, s->now_ns, &h->protocol) == KVL_OK);
     push_for_host(s, EVENT_TICK, index, index, s->now_ns + KVL_TICK_NS);

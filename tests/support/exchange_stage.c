@@ -68,7 +68,10 @@ kvl_status stage_create(void)
         .fingerprint = model,
         .timeout_ms = 1000,
         .runs_tasks = true,
-        .output = {keep_sent, keep_ended, keep_task, ignore_event, NULL},
+        .output = {.send = keep_sent,
+                   .complete = keep_ended,
+                   .task = keep_task,
+                   .event = ignore_event},
     };
     stage.n_sent = 0;
     stage.n_ended = stage.n_tasks = 0;

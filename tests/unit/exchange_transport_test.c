@@ -64,7 +64,9 @@ static kvl_status start(uint32_t i, uint32_t n_hosts, kvl_error *error)
     kvl_exchange_peer peers[HOSTS_MAX];
     size_t n_peers = 0;
     for (uint32_t j = 0; j < n_hosts; j++) {
-        if (j != i) peers[n_peers++] = (kvl_exchange_peer){hosts[j].name, hosts[j].endpoint};
+        if (j != i)
+            peers[n_peers++] =
+                (kvl_exchange_peer){.name = hosts[j].name, .endpoint = hosts[j].endpoint};
     }
     const kvl_exchange_options options = {.name = hosts[i].name,
                                           .endpoint = hosts[i].endpoint,
@@ -82,7 +84,8 @@ static kvl_status start(uint32_t i, uint32_t n_hosts, kvl_error *error)
 static void prepare(uint32_t n_hosts, bool tcp)
 {
     static int port = 0;
-    if (port == 0) port = 20000 + (int)(getpid() % 20000);
+    if (port == 0)
+        port = 10000 + (int)(getpid() % 20000); /* below those that the system hands out */
     for (uint32_t i = 0; i < n_hosts; i++) {
         memset(&hosts[i], 0, sizeof hosts[i]);
         (void)snprintf(hosts[i].name, sizeof hosts[i].name, "h%u", i);
@@ -373,7 +376,7 @@ static void test_a_client_needs_no_model(void **state)
     hosts[1].fingerprint = tiny_id(1);
     hosts[0].fingerprint = tiny_id(1);
     start_all(2);
-    const kvl_exchange_peer peer = {"h1", hosts[1].endpoint};
+    const kvl_exchange_peer peer = {.name = "h1", .endpoint = hosts[1].endpoint};
     const kvl_exchange_options options = {
         .name = "client", .peers = &peer, .n_peers = 1, .clock = kvl_clock_system()};
     kvl_exchange *client = NULL;

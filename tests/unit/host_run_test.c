@@ -44,7 +44,7 @@ static void *run_host(void *host)
 static void start_host(fixture *f, int h)
 {
     const int other = 1 - h;
-    const kvl_exchange_peer peer = {names[other], f->endpoints[other]};
+    const kvl_exchange_peer peer = {.name = names[other], .endpoint = f->endpoints[other]};
     kvl_host_options options = kvl_host_default_options();
     options.name = names[h];
     options.endpoint = f->endpoints[h];
@@ -93,7 +93,7 @@ static int setup(void **state)
     for (int h = 0; h < N_HOSTS; h++) {
         (void)snprintf(f.endpoints[h], sizeof f.endpoints[h], "ipc://%s/%d.sock", f.directory, h);
         (void)snprintf(f.stores[h], sizeof f.stores[h], "%s/store-%d", f.directory, h);
-        peers[h] = (kvl_exchange_peer){names[h], f.endpoints[h]};
+        peers[h] = (kvl_exchange_peer){.name = names[h], .endpoint = f.endpoints[h]};
     }
     for (int h = 0; h < N_HOSTS; h++) start_host(&f, h);
     const kvl_exchange_options client = {
