@@ -1,6 +1,6 @@
 # The CUDA backend: cuda/. What needs no device (plans) is always built and tested; kernels and
 # everything that calls the driver only with KVLOOM_CUDA and nvcc.
-option(KVLOOM_CUDA "Build the CUDA backend (needs nvcc 12.4 or newer; for H100 and H200)" OFF)
+option(KVLOOM_CUDA "Build the CUDA backend (needs nvcc, made with 13.0; for H100 and H200)" OFF)
 
 set(KVLOOM_WITH_CUDA OFF)
 if(KVLOOM_CUDA)
