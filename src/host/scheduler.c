@@ -335,12 +335,25 @@ void kvl_scheduler_adopt(kvl_scheduler *scheduler, kvl_branch *branch)
     scheduler->stats.n_cached_tokens += n_more;
 }
 
+/* Pages that a branch will need and has not, if its answer is as long as it may be. */
+static uint32_t pages_to_end(const kvl_branch *branch)
+{
+    const uint32_t n_tokens = branch->n_prompt + branch->request->asked.max_tokens;
+    const uint32_t n_pages = (n_tokens + KVL_PAGE_TOKENS - 1) / KVL_PAGE_TOKENS;
+    return n_pages > branch->sequence.n_pages ? n_pages - branch->sequence.n_pages : 0;
+}
+
 /* One page more than it needs, and one for each that runs: otherwise the next step would pause
- * somebody. */
+ * somebody. Or, where whole answers are held, all that it and those that run can come to. */
 static bool has_room_for(kvl_scheduler *scheduler, kvl_branch *branch)
 {
-    const uint32_t n_missing =
+    uint32_t n_missing =
         kvl_sequence_n_missing(&branch->sequence, branch->sequence.n_ids) + scheduler->n_running;
+    if (scheduler->options.holds_whole_answers) {
+        n_missing = pages_to_end(branch) + 1;
+        for (uint32_t i = 0; i < scheduler->n_running; i++)
+            n_missing += pages_to_end(scheduler->running[i]);
+    }
     return evict_until(scheduler, n_missing);
 }
 

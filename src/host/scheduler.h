@@ -66,6 +66,9 @@ typedef struct kvl_scheduler_options {
     uint32_t n_running_max; /* branches that are computed in one step; 0: 64 */
     uint32_t n_waiting_max; /* requests that wait for admission; 0: 256 */
     uint32_t n_step_rows;   /* rows of a step, where anybody decodes; 0: 256 */
+    /* Admit only what can run to its end beside those that run: nobody is paused, and fewer begin.
+     * For batches, where no single answer is awaited and a pause costs the work that is lost. */
+    bool holds_whole_answers;
 } kvl_scheduler_options;
 
 /* Counted since the scheduler was made, but for the first four. */

@@ -42,7 +42,7 @@ def run_ours(arguments, model, source, order, n_pages):
 
 def run_theirs(server, made):
     def ask(row):
-        connection = http.client.HTTPConnection(server.host, server.port, timeout=1200)
+        connection = http.client.HTTPConnection(server.host, server.port, timeout=3600)
         connection.request("POST", "/v1/chat/completions",
                            json.dumps({**row[1], "cache_prompt": True}),
                            {"Content-Type": "application/json"})

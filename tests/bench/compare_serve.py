@@ -46,7 +46,7 @@ class Server:
         self.process.send_signal(signal.SIGCONT)
 
     def complete(self, ids):
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=600)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=3600)
         body = {"prompt": ids, "max_tokens": ANSWER, "n_predict": ANSWER, "temperature": 0,
                 "ignore_eos": True, "cache_prompt": True}
         connection.request("POST", "/v1/completions", json.dumps(body),

@@ -136,14 +136,19 @@ static void make_asked(kvl_random *random, asked *own)
     };
 }
 
-static kvl_scheduler *make_scheduler(fixture *f, uint32_t n_running, uint32_t n_step_rows)
+static kvl_scheduler *make_scheduler_as(fixture *f, const kvl_scheduler_options *options)
 {
     kvl_scheduler *scheduler = NULL;
     kvl_error error = {0};
-    const kvl_scheduler_options options = {.n_running_max = n_running, .n_step_rows = n_step_rows};
-    if (kvl_scheduler_create(f->engine, &options, &scheduler, &error) != KVL_OK)
+    if (kvl_scheduler_create(f->engine, options, &scheduler, &error) != KVL_OK)
         fail_msg("%s", error.text);
     return scheduler;
+}
+
+static kvl_scheduler *make_scheduler(fixture *f, uint32_t n_running, uint32_t n_step_rows)
+{
+    const kvl_scheduler_options options = {.n_running_max = n_running, .n_step_rows = n_step_rows};
+    return make_scheduler_as(f, &options);
 }
 
 static void submit(kvl_scheduler *scheduler, asked *own)
@@ -204,12 +209,16 @@ static void test_200_mixes_answer_as_each_alone(void **state)
     uint64_t n_paused = 0;
     uint64_t n_cached = 0;
     for (int mix = 0; mix < MIXES; mix++) {
-        kvl_scheduler *scheduler =
-            make_scheduler(f, 1 + kvl_test_below(&random, 10), 1 + kvl_test_below(&random, 90));
+        /* Whole answers of single branches never have to pause. */
+        const bool holds = mix % 4 == 3;
+        const kvl_scheduler_options options = {.n_running_max = 1 + kvl_test_below(&random, 10),
+                                               .n_step_rows = 1 + kvl_test_below(&random, 90),
+                                               .holds_whole_answers = holds};
+        kvl_scheduler *scheduler = make_scheduler_as(f, &options);
         const uint32_t n = 1 + kvl_test_below(&random, REQUESTS_MAX);
         for (uint32_t i = 0; i < n; i++) {
             make_asked(&random, &all[i]);
-            if (kvl_test_below(&random, 4) == 0)
+            if (!holds && kvl_test_below(&random, 4) == 0)
                 all[i].generation.n_branches = 1 + kvl_test_below(&random, BRANCHES);
             submit(scheduler, &all[i]);
             /* Requests come while others are under way. */
@@ -220,6 +229,7 @@ static void test_200_mixes_answer_as_each_alone(void **state)
         kvl_scheduler_stats stats;
         kvl_scheduler_stats_read(scheduler, &stats);
         assert_int_equal(stats.n_running + stats.n_waiting, 0);
+        if (holds) assert_int_equal(stats.n_paused, 0);
         n_paused += stats.n_paused;
         n_cached += stats.n_cached_tokens;
         kvl_scheduler_destroy(scheduler);
