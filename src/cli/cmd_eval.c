@@ -92,7 +92,7 @@ typedef struct task {
     Kvloom__V1__RunTask run;
     Kvloom__V1__PromptPart parts[PARTS_MAX];
     Kvloom__V1__PromptPart *pointers[PARTS_MAX];
-    char names[EVAL_CHUNKS_MAX][16];
+    char names[EVAL_CHUNKS_MAX][24];
 } task;
 
 static void add_part(task *made, char *slot, const char *text)
