@@ -20,6 +20,7 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -535,6 +536,8 @@ static pid_t fork_host(uint32_t i, uint32_t n_hosts, const tiny_shape *shape, in
         return child;
     }
     (void)close(ends[1]);
+    /* A test that fails does not come to the end where it kills its hosts: they go with it. */
+    (void)prctl(PR_SET_PDEATHSIG, SIGKILL);
     char byte = 0;
     if (read(ends[0], &byte, 1) != 1) _exit(4);
     kvl_error error = {0};
