@@ -42,11 +42,11 @@ endfunction()
 function(kvl_cuda_flags target)
   target_include_directories(${target} PRIVATE ${CMAKE_SOURCE_DIR})
   target_compile_definitions(${target} PRIVATE KVL_VERSION="${PROJECT_VERSION}")
-  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:
-    -std=c++17 -O3 -lineinfo
-    "SHELL:-gencode arch=compute_90a,code=sm_90a"
-    "SHELL:-Xcompiler -Wall,-Wextra"
-    "SHELL:-Werror all-warnings">)
+  set(flags -std=c++17 -O3 -lineinfo
+      "SHELL:-gencode arch=compute_90a,code=sm_90a"
+      "SHELL:-Xcompiler -Wall,-Wextra"
+      "SHELL:-Werror all-warnings")
+  target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${flags}>")
 endfunction()
 
 # tests/cuda/*_test.c and tests/bench/gpu_*.c: they end with 77 (skipped) without a device.

@@ -140,10 +140,8 @@ test_build() {
         return
     fi
     log=build/$name/ctest.log
-    # Progress on the terminal and in the log; the log is what is counted. A test that hung is run
-    # once more: the log says that it did.
+    # Progress on the terminal and in the log; the log is what is counted.
     without_randomisation ctest --test-dir "build/$name" -j 2 --output-on-failure \
-        --repeat after-timeout:2 \
         </dev/null 2>&1 | tee "$log"
     count_ctest "$log"
 }

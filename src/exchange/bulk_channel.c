@@ -195,9 +195,10 @@ static void pump(kvl_bulk_channel *c, outlet *o)
 
 static void refuse_stranger(kvl_bulk_channel *c, stranger *s)
 {
+    /* Counted first: whoever sees the end of the connection finds it counted. */
+    atomic_fetch_add(&c->n_refused, 1);
     (void)close(s->fd);
     s->fd = -1;
-    atomic_fetch_add(&c->n_refused, 1);
 }
 
 static void take_stranger(kvl_bulk_channel *c)
@@ -209,8 +210,8 @@ static void take_stranger(kvl_bulk_channel *c)
         c->strangers[i] = (stranger){.fd = fd, .came_ns = kvl_clock_now(kvl_clock_system())};
         return;
     }
-    (void)close(fd);
     atomic_fetch_add(&c->n_refused, 1);
+    (void)close(fd);
 }
 
 /* Compared in constant time, or the time would tell how much of a token is right. */

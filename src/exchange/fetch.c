@@ -440,7 +440,9 @@ void kvl_fetch_error(kvl_protocol *p, kvl_op *op, uint32_t peer, const kvl_messa
 static void tick_search(kvl_protocol *p, kvl_op *op, int64_t now_ns)
 {
     const uint64_t silent = op->asked & ~op->answered & ~op->failed & kvl_peers_up(p, true);
-    if (silent != 0 && now_ns - op->asked_ns >= p->timeout_ns) {
+    /* Nobody waited for an answer while another holder's blocks came: patience begins after it. */
+    const int64_t since_ns = op->asked_ns > op->moved_ns ? op->asked_ns : op->moved_ns;
+    if (silent != 0 && now_ns - since_ns >= p->timeout_ns) {
         for (uint32_t i = 0; i < p->n_peers; i++) {
             if ((silent & kvl_bit(i)) != 0) {
                 kvl_op_blame(p, op, i, KVL_ERR_TIMEOUT, "no answer to Locate");

@@ -386,6 +386,39 @@ static void test_a_stalled_holder_is_left(void **state)
     assert_true(stage_count_sent(0, KVL_MESSAGE_CANCEL) > 2);
 }
 
+/* A holder that is slow to say so has its whole time when the one that was sending is lost, however
+ * long that one sent. */
+static void test_a_slow_holder_is_waited_for_after_another_is_lost(void **state)
+{
+    (void)state;
+    stage_bring_up(1, 20);
+    const kvl_message fetch = begin_fetch();
+    kvl_container *container = tiny_container(1, 0, &stage.shape);
+    const void *bytes = NULL;
+    size_t n_bytes = 0;
+    const kvl_message header = header_for(&fetch, container, &bytes, &n_bytes);
+    stage_give(0, &header, bytes, n_bytes);
+    const uint8_t *view = kvl_container_block_view(container, 0, &n_bytes);
+    kvl_message block = block_for(&fetch, 0);
+    for (size_t at = 0; at < 500; at += 50) { /* 2 s: twice the patience */
+        block.block.offset = at;
+        stage_give(0, &block, view + at, 50);
+        stage_give_plain(1, KVL_MESSAGE_PONG, 20, 0);
+        stage_pass_ms(200);
+    }
+    kvl_container_release(container);
+    stage.n_sent = 0;
+    kvl_protocol_disconnected(stage.protocol, 0, stage.now_ns);
+    stage_pass_ms(700);
+    assert_int_equal(stage.n_ended, 0);
+    const stage_sent *locate = stage_latest(1, KVL_MESSAGE_LOCATE); /* asked once more */
+    assert_non_null(locate);
+    kvl_message located = stage_message_of(KVL_MESSAGE_LOCATED, 20, locate->message.request);
+    located.located.n_ids = located.located.held = 1;
+    stage_give(1, &located, NULL, 0);
+    assert_non_null(stage_latest(1, KVL_MESSAGE_FETCH));
+}
+
 static void test_a_server_that_asks_is_refused(void **state)
 {
     (void)state;
@@ -495,6 +528,7 @@ int main(void)
         CASE(test_late_answers_are_ignored),
         CASE(test_a_peer_answers_a_list_once),
         CASE(test_a_stalled_holder_is_left),
+        CASE(test_a_slow_holder_is_waited_for_after_another_is_lost),
         CASE(test_a_server_that_asks_is_refused),
         CASE(test_every_allocation_may_fail),
     };
