@@ -27,6 +27,10 @@ liblmdb-dev libopenblas-dev libsodium-dev libssl-dev libyaml-dev libxxhash-dev l
 libjansson-dev libmicrohttpd-dev libcmocka-dev help2man python3 python3-pip ca-certificates"
 test_packages="python3-xxhash python3-zmq python3-protobuf"
 
+# The modules of the test packages belong to Debian's own Python; another may come first in PATH.
+python=/usr/bin/python3
+[ -x "$python" ] || python=python3
+
 say() {
     printf '== %s\n' "$*"
 }
@@ -165,7 +169,7 @@ run_tests() {
     test_build release -DCMAKE_BUILD_TYPE=Release
     test_build asan -DCMAKE_BUILD_TYPE=Release -DKVLOOM_SANITIZE=address,undefined
     test_build tsan -DCMAKE_BUILD_TYPE=Release -DKVLOOM_SANITIZE=thread
-    test_script python3 tests/tidy.py
+    test_script "$python" tests/tidy.py
     if [ -x build/release/kvloom ]; then
         # Tests that need the model skip themselves without it, and say so.
         build/release/kvloom model pull smollm2-135m </dev/null ||
@@ -174,7 +178,7 @@ run_tests() {
             [ ! -f "$script" ] || test_script sh "$script" build/release
         done
         for script in tests/integration/*.py; do
-            [ ! -f "$script" ] || test_script python3 "$script" build/release
+            [ ! -f "$script" ] || test_script "$python" "$script" build/release
         done
     fi
     [ "$skipped" -eq 0 ] || say "$skipped skipped"
