@@ -11,7 +11,7 @@
 
 enum {
     ROUNDS_DEFAULT = 3,
-    ANSWER_DEFAULT = 24,
+    ANSWER_DEFAULT = 32,
     OPTION_JSON = 256,
     OPTION_SHOW,
     OPTION_REPORT,
@@ -25,7 +25,7 @@ enum {
 static const struct argp_option options[] = {
     {"agents", 'a', "N", 0, "Agents, 1 to 5 (5)", 0},
     {"rounds", 'r', "N", 0, "Rounds; anchors are measured in the first two (3)", 0},
-    {"max-tokens", 'n', "N", 0, "Longest answer in tokens (24)", 0},
+    {"max-tokens", 'n', "N", 0, "Longest answer in tokens (32)", 0},
     {"quality", OPTION_QUALITY, "Q", 0, "exact, balanced or fast (balanced)", 0},
     {"show-answers", OPTION_SHOW, NULL, 0, "Print both answers of every prompt", 0},
     {"report", OPTION_REPORT, "FILE", 0, "Write an HTML report", 0},
