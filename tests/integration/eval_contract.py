@@ -13,14 +13,19 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path.insert(0, os.path.join(ROOT, "tests", "support"))
-import peers  # noqa: E402
+import contract  # noqa: E402
 
 MODEL = "smollm2-135m"
 FIGURES = {"em_balanced", "em_fast", "em_verified", "read_full", "read_balanced",
            "kl_balanced_open", "recomputed_balanced"}
 
 
-def check(report):
+def check_eval_reuse():
+    done = subprocess.run(
+        [contract.program(), "eval", "reuse", "--quick", "--json", "--model", MODEL],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=900, check=False)
+    assert done.returncode == 0, f"status {done.returncode}"
+    report = json.loads(done.stdout)
     assert report["name"] == "reuse"
     assert not FIGURES - set(report["figures"]), FIGURES - set(report["figures"])
     # Approximation is a head start, never the last word.
@@ -40,19 +45,10 @@ def check(report):
 
 
 def main():
-    kvloom = os.path.join(sys.argv[1] if len(sys.argv) > 1 else "build/release", "kvloom")
-    if not os.path.exists(peers.model_path(MODEL)):
-        print(f"{MODEL} is not in the cache: fetch it with kvloom model pull {MODEL}")
-        return 77
-    done = subprocess.run([kvloom, "eval", "reuse", "--quick", "--json", "--model", MODEL],
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=900,
-                          check=False)
-    if done.returncode != 0:
-        print(f"status {done.returncode}")
-        return 1
-    check(json.loads(done.stdout))
-    print("eval reuse: as promised")
-    return 0
+    contract.need_model(MODEL)
+    checks = contract.Checks()
+    checks.run(check_eval_reuse)
+    return checks.status()
 
 
 if __name__ == "__main__":
