@@ -299,7 +299,7 @@ static void check_threads(const int *kind, uint32_t n_containers_max)
     const kvl_tier_stats stats = stats_of(f.tier);
     assert_int_equal(all.bytes, all.n * one);
     assert_int_equal(stats.bytes, stats.n_containers * one);
-    /* Sizes of a stack are the slowest tier's; a faster one may still have what that one evicted. */
+    /* Sizes of a stack are the slowest tier's; a faster one may have what that one evicted. */
     if (*kind == STACK && stats.evictions > 0)
         assert_true(stats.n_containers <= all.n);
     else
