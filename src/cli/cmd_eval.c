@@ -15,13 +15,15 @@ enum {
     OPTION_QUICK,
     OPTION_SEED,
     OPTION_TEXTS,
-    OPTION_SCENARIOS
+    OPTION_SCENARIOS,
+    OPTION_SAVE,
+    OPTION_FROM
 };
 
 typedef struct arguments {
     kvl_cli_engine engine;
     uint32_t n_prompts, seed;
-    const char *texts, *scenarios;
+    const char *texts, *scenarios, *save, *from;
     bool json, is_quick;
 } arguments;
 
@@ -30,6 +32,8 @@ static const struct argp_option options[] = {
     {"seed", OPTION_SEED, "N", 0, "Other prompts: tune on some, report others (1)", 0},
     {"texts", OPTION_TEXTS, "DIR", 0, "Directory of *.txt to make prompts from", 0},
     {"scenarios", OPTION_SCENARIOS, "NAME,...", 0, "Only these, as the table names them", 0},
+    {"save", OPTION_SAVE, "FILE", 0, "Add what was seen of every prompt to a file", 0},
+    {"from", OPTION_FROM, "FILE", 0, "Run nothing: the figures of a file that --save made", 0},
     {"quick", OPTION_QUICK, NULL, 0, "One prompt of each scenario, a few policies", 0},
     {"json", OPTION_JSON, NULL, 0, "Print one JSON object instead of a table", 0},
     {0},
@@ -74,6 +78,8 @@ static error_t parse(int key, char *text, struct argp_state *state)
         return 0;
     case OPTION_SEED: wanted->seed = kvl_cli_number(state, "--seed", text, 1, 1 << 30); return 0;
     case OPTION_TEXTS: wanted->texts = text; return 0;
+    case OPTION_SAVE: wanted->save = text; return 0;
+    case OPTION_FROM: wanted->from = text; return 0;
     case OPTION_SCENARIOS:
         check_scenarios(text, state);
         wanted->scenarios = text;
@@ -217,10 +223,13 @@ static kvl_status run_all(evaluation *e, kvl_error *error)
 
 static kvl_status evaluate(evaluation *e, const char *texts, kvl_error *error)
 {
+    if (e->wanted->from != NULL) return eval_records_load(&e->records, e->wanted->from, error);
     KVL_TRY(eval_corpus_load(texts, &e->corpus, error));
     KVL_TRY(demo_workflow_load(kvl_cli_data_directory(), &e->workflow, error));
     KVL_TRY(kvl_local_host_start(&e->wanted->engine, &e->host, error));
-    return run_all(e, error);
+    KVL_TRY(run_all(e, error));
+    return e->wanted->save == NULL ? KVL_OK
+                                   : eval_records_save(&e->records, e->wanted->save, error);
 }
 
 int kvl_command_eval(int argc, char **argv)
