@@ -47,32 +47,6 @@ static void accept_task(void *context, uint64_t id, const void *body, size_t n_b
                        0);
 }
 
-/* The canonical header is the chat template's own opening before a user's text. */
-static kvl_status find_home_ids(kvl_host *host, kvl_error *error)
-{
-    const kvl_message message = {"user", "text", 4};
-    kvl_prompt prompt = {0};
-    kvl_status status = kvl_chat_render(kvl_model_chat_template(host->engine->model),
-                                        kvl_model_tokenizer(host->engine->model), &message, 1,
-                                        false, &prompt, error);
-    if (status == KVL_OK) {
-        KVL_ASSERT(prompt.n_parts > 0 && prompt.parts[0].message < 0);
-        host->n_home_ids = prompt.parts[0].n_tokens;
-        host->home_ids = kvl_alloc_zero(host->n_home_ids, sizeof *host->home_ids);
-        if (host->home_ids == NULL) {
-            status = KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for the header");
-        } else {
-            memcpy(host->home_ids, prompt.ids, host->n_home_ids * sizeof *host->home_ids);
-        }
-    }
-    kvl_prompt_deinit(&prompt);
-    if (status != KVL_OK) return status;
-    const kvl_digest nothing = {{0}};
-    host->home = kvl_segment_id(host->tenant_key, &host->fingerprint, &nothing, host->home_ids,
-                                host->n_home_ids);
-    return KVL_OK;
-}
-
 static kvl_status open_store(kvl_host *host, const kvl_host_options *options, kvl_error *error)
 {
     kvl_tier *tiers[2] = {NULL, NULL};
@@ -144,7 +118,7 @@ static kvl_status create_parts(kvl_host *host, const kvl_host_options *options, 
     host->fingerprint = kvl_model_fingerprint(host->engine->model);
     host->logits = kvl_alloc_aligned(host->engine->shape->n_vocab * sizeof(float));
     if (host->logits == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for logits");
-    KVL_TRY(find_home_ids(host, error));
+    KVL_TRY(host_homes_init(host, error));
     KVL_TRY(open_store(host, options, error));
     kvl_anchor_options anchors = options->anchors;
     anchors.threads = host->engine->threads;
@@ -211,7 +185,7 @@ void kvl_host_destroy(kvl_host *host)
     kv_buffer_deinit(&host->corrected);
     reference_deinit(&host->reference);
     kvl_free(host->logits);
-    kvl_free(host->home_ids);
+    host_homes_deinit(host);
     kvl_engine_destroy(host->engine);
     kvl_free(host);
 }

@@ -3,7 +3,7 @@
  * MODE_FULL prefills everything and keeps the answer's distributions as the reference. MODE_REUSE
  * resolves, plans, fills, decodes and publishes; then, outside the time to first token, compares
  * with the reference and measures anchors where none covered a slot. MODE_PLAN stops before the
- * work begins. */
+ * work begins. MODE_READ has slots' KV at home and nothing else. */
 #include "base/alloc.h"
 #include "base/log.h"
 #include "host/decode.h"
@@ -270,8 +270,14 @@ static kvl_status fill_reply(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
     reply->corrected = r->n_corrected;
     reply->verified = r->is_verified || r->is_exact;
     reply->exact = r->is_exact;
+    reply->read = r->n_read;
     reply->ended = r->ended;
     reply->wrong_tokens = r->n_wrong;
+    reply->slots_home.data = kvl_alloc(KVL_DIGEST_BYTES);
+    if (reply->slots_home.data == NULL)
+        return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a reply");
+    memcpy(reply->slots_home.data, r->home->id.bytes, KVL_DIGEST_BYTES);
+    reply->slots_home.len = KVL_DIGEST_BYTES;
     KVL_TRY(copy_parts(r, reply, error));
     KVL_TRY(copy_anchors(r, reply, error));
     if (r->has_evaluation) KVL_TRY(copy_evaluation(&r->evaluation, &reply->evaluation, error));
@@ -315,6 +321,15 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
     return KVL_OK;
 }
 
+/* Only what later runs will place: no session of its own, no answer. */
+static kvl_status run_read(run *r, kvl_error *error)
+{
+    KVL_TRY(run_resolve(r, true, error));
+    r->first_token_ns = r->start_ns;
+    r->end_ns = kvl_clock_now(r->host->clock);
+    return KVL_OK;
+}
+
 /* What run_reuse would do: nothing is computed, so the reply has no answer. */
 static kvl_status run_explain(run *r, kvl_error *error)
 {
@@ -332,7 +347,9 @@ kvl_status host_run_task(kvl_host *host, const Kvloom__V1__RunTask *task,
                          Kvloom__V1__RunReply *reply, kvl_error *error)
 {
     const bool is_plan = task->mode == KVLOOM__V1__MODE__MODE_PLAN;
-    if (!is_plan && (task->max_tokens == 0 || task->max_tokens > host->engine->n_positions))
+    const bool is_read = task->mode == KVLOOM__V1__MODE__MODE_READ;
+    if (!is_plan && !is_read &&
+        (task->max_tokens == 0 || task->max_tokens > host->engine->n_positions))
         return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "max_tokens is %u; it must be 1 to %u",
                         task->max_tokens, host->engine->n_positions);
     run *r = kvl_alloc_zero(1, sizeof *r);
@@ -341,6 +358,8 @@ kvl_status host_run_task(kvl_host *host, const Kvloom__V1__RunTask *task,
     if (status == KVL_OK && task->mode == KVLOOM__V1__MODE__MODE_FULL) {
         status = run_full(r, error);
         if (status == KVL_OK) status = copy_answer(r, reply, error);
+    } else if (status == KVL_OK && is_read) {
+        status = run_read(r, error);
     } else if (status == KVL_OK) {
         status = is_plan ? run_explain(r, error) : run_reuse(r, reply, error);
     }
@@ -366,6 +385,7 @@ void host_reply_deinit(Kvloom__V1__RunReply *reply)
     kvl_free(reply->tokens);
     kvl_free(reply->text.data);
     kvl_free(reply->home.data);
+    kvl_free(reply->slots_home.data);
     kvl_free(reply->evaluation);
     kvl_free(reply->place_only);
 }
