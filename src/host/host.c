@@ -155,6 +155,8 @@ kvl_status kvl_host_create(const kvl_host_options *options, kvl_host **host, kvl
     made->clock = kvl_clock_system();
     made->segment_dtype = options->segment_dtype;
     made->rates = host_first_rates();
+    made->stream = options->stream;
+    made->stream_context = options->stream_context;
     memcpy(made->tenant_key, options->tenant_key, sizeof made->tenant_key);
     memcpy(made->name, options->name, strlen(options->name) + 1);
     kvl_log_set_host(options->name);
@@ -228,6 +230,26 @@ static kvl_status keep_container(kvl_host *host, const ProtobufCBinaryData *aske
     return status;
 }
 
+static kvl_status forget(kvl_host *host, const Kvloom__V1__ForgetTask *asked, uint32_t *n_forgotten,
+                         kvl_error *error)
+{
+    if (asked->n_ids > KVL_FORGET_MAX)
+        return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "%zu ids to forget, at most %u at once",
+                        asked->n_ids, KVL_FORGET_MAX);
+    *n_forgotten = 0;
+    for (size_t i = 0; i < asked->n_ids; i++) {
+        kvl_digest id;
+        if (asked->ids[i].len != KVL_DIGEST_BYTES)
+            return KVL_FAIL(error, KVL_ERR_INVALID, "id %zu has %zu bytes, must have %u", i,
+                            asked->ids[i].len, KVL_DIGEST_BYTES);
+        memcpy(id.bytes, asked->ids[i].data, sizeof id.bytes);
+        const kvl_status status = host->store->ops->remove(host->store, &id, error);
+        if (status != KVL_OK && status != KVL_ERR_NOT_FOUND) return status;
+        *n_forgotten += status == KVL_OK ? 1 : 0;
+    }
+    return KVL_OK;
+}
+
 static void fill_status(kvl_host *host, Kvloom__V1__StatusReply *status)
 {
     kvl_anchor_stats anchors = {0};
@@ -268,6 +290,10 @@ static void do_task(kvl_host *host, const waiting_task *task)
         answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_STATUS;
         answer.status = &state;
         break;
+    case KVLOOM__V1__HOST_TASK__WHAT_FORGET:
+        status = forget(host, asked->forget, &answer.forgotten, &error);
+        answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_FORGOTTEN;
+        break;
     case KVLOOM__V1__HOST_TASK__WHAT_STOP:
         host->stopping = true;
         answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_STOPPING;
@@ -291,6 +317,11 @@ static void do_waiting_tasks(void *context)
         kvl_free(task);
     }
     kvl_service_stop(host->service);
+}
+
+const kvl_model *kvl_host_model(const kvl_host *host)
+{
+    return host->engine->model;
 }
 
 kvl_service *kvl_host_service(kvl_host *host)

@@ -11,6 +11,7 @@
 
 #define KVL_PARTS_MAX 64u
 #define KVL_SLOT_NAME_MAX 32u
+#define KVL_FORGET_MAX 1024u
 /* Primers that a host remembers: one a collection that is asked now. */
 #define KVL_PRIMERS_MAX 8u
 
@@ -49,6 +50,8 @@ struct kvl_host {
     kvl_service *service; /* or NULL */
     const kvl_clock *clock;
     kvl_kv_dtype segment_dtype;
+    void (*stream)(void *context, const char *bytes, size_t n_bytes);
+    void *stream_context;
     uint8_t tenant_key[KVL_TENANT_KEY_BYTES];
     char name[KVL_SLOT_NAME_MAX];
     kvl_digest fingerprint;

@@ -35,13 +35,29 @@ static bool keep_reference(void *context, uint32_t token, const float *logits)
     return false;
 }
 
+static bool pass_on(void *context, uint32_t token, const float *logits)
+{
+    const kvl_host *host = context;
+    const kvl_tokenizer *tokenizer = kvl_model_tokenizer(host->engine->model);
+    (void)logits;
+    if (kvl_tokenizer_is_end(tokenizer, token)) return false;
+    size_t n_bytes = 0;
+    const char *bytes = kvl_token_bytes(tokenizer, token, false, &n_bytes);
+    host->stream(host->stream_context, bytes, n_bytes);
+    return false;
+}
+
 static kvl_status decode(run *r, bool is_full, kvl_error *error)
 {
     kvl_host *host = r->host;
+    const bool streams =
+        host->stream != NULL && r->task->quality != KVLOOM__V1__QUALITY__QUALITY_VERIFIED;
     const kvl_decode_options options = {
         .max_tokens = r->task->max_tokens,
         .keep_last = !is_full,
-        .drawn = is_full ? keep_reference : NULL,
+        .drawn = is_full   ? keep_reference
+                 : streams ? pass_on
+                           : NULL,
         .context = host,
     };
     r->first_token_ns = kvl_clock_now(host->clock);
@@ -182,6 +198,15 @@ static kvl_status copy_token_bytes(const run *r, const run_part *part,
     return KVL_OK;
 }
 
+static kvl_status copy_digest(const kvl_digest *from, ProtobufCBinaryData *to, kvl_error *error)
+{
+    to->data = kvl_alloc(KVL_DIGEST_BYTES);
+    if (to->data == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a reply");
+    memcpy(to->data, from->bytes, KVL_DIGEST_BYTES);
+    to->len = KVL_DIGEST_BYTES;
+    return KVL_OK;
+}
+
 /* Copies what the reply needs: the run is gone when it is packed. */
 static kvl_status copy_parts(const run *r, Kvloom__V1__RunReply *reply, kvl_error *error)
 {
@@ -196,6 +221,8 @@ static kvl_status copy_parts(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
         if (report->from == NULL)
             return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a reply");
         KVL_TRY(copy_token_bytes(r, &r->parts[p], report, error));
+        if (r->parts[p].container != NULL)
+            KVL_TRY(copy_digest(&r->parts[p].id, &report->segment, error));
         reply->fetched_bytes += report->fetched_bytes;
     }
     return KVL_OK;
@@ -273,11 +300,7 @@ static kvl_status fill_reply(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
     reply->read = r->n_read;
     reply->ended = r->ended;
     reply->wrong_tokens = r->n_wrong;
-    reply->slots_home.data = kvl_alloc(KVL_DIGEST_BYTES);
-    if (reply->slots_home.data == NULL)
-        return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a reply");
-    memcpy(reply->slots_home.data, r->home->id.bytes, KVL_DIGEST_BYTES);
-    reply->slots_home.len = KVL_DIGEST_BYTES;
+    KVL_TRY(copy_digest(&r->home->id, &reply->slots_home, error));
     KVL_TRY(copy_parts(r, reply, error));
     KVL_TRY(copy_anchors(r, reply, error));
     if (r->has_evaluation) KVL_TRY(copy_evaluation(&r->evaluation, &reply->evaluation, error));
@@ -377,6 +400,7 @@ void host_reply_deinit(Kvloom__V1__RunReply *reply)
     for (size_t p = 0; p < reply->n_parts; p++) {
         kvl_free(reply->parts[p]->from);
         kvl_free(reply->parts[p]->token_bytes);
+        kvl_free(reply->parts[p]->segment.data);
         kvl_free(reply->parts[p]);
     }
     for (size_t i = 0; i < reply->n_anchors; i++) kvl_free(reply->anchors[i].data);
