@@ -105,7 +105,8 @@ typedef struct run {
     uint32_t n_answer;
     bool ended;
     int64_t start_ns, first_token_ns, end_ns;
-    int64_t fetch_ns, correct_ns, place_ns, select_ns, compute_ns, verify_ns;
+    int64_t fetch_ns, correct_ns, place_ns, select_ns, compute_ns, verify_ns, wait_ns;
+    kvl_load_times *load_times; /* NULL: nothing was loaded beside the computing */
     kvl_digest answer_home;
     kvl_digest *anchors; /* [KVL_PARTS_MAX] measured in this run */
     uint32_t n_anchors, n_wrong;

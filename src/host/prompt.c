@@ -136,9 +136,12 @@ kvl_status run_init(run *r, kvl_host *host, const Kvloom__V1__RunTask *task, kvl
 
 void run_deinit(run *r)
 {
+    /* A run that failed may still be loading out of its containers. */
+    if (r->session != NULL) kvl_session_load_end(r->session, NULL);
     for (uint32_t p = 0; p < r->n_parts; p++) kvl_container_release(r->parts[p].container);
     kvl_session_destroy(r->session);
     kvl_free(r->ids);
     kvl_free(r->positions);
     kvl_free(r->anchors);
+    kvl_free(r->load_times);
 }

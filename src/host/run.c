@@ -270,6 +270,23 @@ static kvl_status copy_anchors(const run *r, Kvloom__V1__RunReply *reply, kvl_er
     return KVL_OK;
 }
 
+static kvl_status copy_timeline(const run *r, Kvloom__V1__RunReply *reply, kvl_error *error)
+{
+    const uint32_t n = r->host->engine->shape->n_layers;
+    if (r->load_times == NULL) return KVL_OK;
+    reply->layer_loaded_ms = kvl_alloc_zero(n, sizeof *reply->layer_loaded_ms);
+    reply->layer_computed_ms = kvl_alloc_zero(n, sizeof *reply->layer_computed_ms);
+    if (reply->layer_loaded_ms == NULL || reply->layer_computed_ms == NULL)
+        return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a reply");
+    for (uint32_t l = 0; l < n; l++) {
+        reply->layer_loaded_ms[l] = kvl_ns_to_ms(r->load_times->loaded_ns[l]);
+        reply->layer_computed_ms[l] = kvl_ns_to_ms(r->load_times->computed_ns[l]);
+    }
+    reply->n_layer_loaded_ms = n;
+    reply->n_layer_computed_ms = n;
+    return KVL_OK;
+}
+
 static kvl_status copy_evaluation(const Kvloom__V1__Evaluation *from, Kvloom__V1__Evaluation **to,
                                   kvl_error *error)
 {
@@ -293,6 +310,7 @@ static kvl_status fill_reply(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
     reply->compute_ms = kvl_ns_to_ms(r->compute_ns);
     reply->select_ms = kvl_ns_to_ms(r->select_ns);
     reply->verify_ms = kvl_ns_to_ms(r->verify_ns);
+    reply->wait_ms = kvl_ns_to_ms(r->wait_ns);
     reply->recomputed = r->n_recomputed;
     reply->corrected = r->n_corrected;
     reply->verified = r->is_verified || r->is_exact;
@@ -303,6 +321,7 @@ static kvl_status fill_reply(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
     KVL_TRY(copy_digest(&r->home->id, &reply->slots_home, error));
     KVL_TRY(copy_parts(r, reply, error));
     KVL_TRY(copy_anchors(r, reply, error));
+    KVL_TRY(copy_timeline(r, reply, error));
     if (r->has_evaluation) KVL_TRY(copy_evaluation(&r->evaluation, &reply->evaluation, error));
     if (r->has_place_only) KVL_TRY(copy_evaluation(&r->place_only, &reply->place_only, error));
     return KVL_OK;
@@ -410,6 +429,8 @@ void host_reply_deinit(Kvloom__V1__RunReply *reply)
     kvl_free(reply->text.data);
     kvl_free(reply->home.data);
     kvl_free(reply->slots_home.data);
+    kvl_free(reply->layer_loaded_ms);
+    kvl_free(reply->layer_computed_ms);
     kvl_free(reply->evaluation);
     kvl_free(reply->place_only);
 }

@@ -12,6 +12,7 @@ const kvl_select_policy kvl_select_policies[] = {
     {"sink16", 16, KVL_SELECT_NO_SCORE, 0.0F, 1},
     {"query5", 0, KVL_SELECT_QUERY_ATTENTION, 0.05F, 9},
     {"query10", 0, KVL_SELECT_QUERY_ATTENTION, 0.10F, 9},
+    {"query15", 0, KVL_SELECT_QUERY_ATTENTION, 0.15F, 9},
     {"sink8+query10", 8, KVL_SELECT_QUERY_ATTENTION, 0.10F, 9},
     {"sink8+query25", 8, KVL_SELECT_QUERY_ATTENTION, 0.25F, 9},
     {"deviation15", 0, KVL_SELECT_DEVIATION, 0.15F, 1},
