@@ -82,7 +82,7 @@ KVL_MUST_USE kvl_status kvl_place_check(const kvl_place_target *target,
 
 /* One layer of a segment's tokens token_first .. token_first + n_tokens - 1 straight into pages: a
  * page's worth of numbers at a time is decoded, rotated and written while it is in the nearest
- * cache. Gives the bits of kvl_place_tokens.
+ * cache. Gives the bits of kvl_place_container.
  *
  * Blocks must have been checked. The pages must be the host's memory, and nobody may read or write
  * these slots of this layer meanwhile.

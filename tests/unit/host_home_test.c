@@ -1,5 +1,6 @@
-/* host: homes of slots. Segments of different homes stand side by side and never mix; a slot that
- * is placed behind exactly its home is what a full prefill gives; primers are sent once. */
+/* host: homes of slots, and loading beside the computing. Segments of different homes stand side by
+ * side and never mix; a slot that is placed behind exactly its home is what a full prefill gives;
+ * primers are sent once. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -123,6 +124,8 @@ typedef struct asked {
     ProtobufCBinaryData primer_home;
     Kvloom__V1__Mode mode;
     const char *slot_text; /* NULL: the chunk above */
+    const char *select;    /* NULL: nothing is computed again */
+    bool load_first;
 } asked;
 
 static void text_part(Kvloom__V1__PromptPart *part, const char *slot, const char *text)
@@ -147,7 +150,8 @@ static kvl_status run(fixture *f, const asked *what, Kvloom__V1__HostReply **rep
     for (size_t p = 0; p < task.n_parts; p++) pointers[p] = &parts[p];
     task.parts = pointers;
     task.mode = what->mode;
-    task.select = (char *)(uintptr_t) "none";
+    task.select = (char *)(uintptr_t)(what->select == NULL ? "none" : what->select);
+    task.load_first = what->load_first;
     task.home = (char *)(uintptr_t)(what->home == NULL ? "" : what->home);
     if (what->primer != NULL)
         task.primer =
@@ -250,6 +254,45 @@ static void test_a_slot_behind_its_own_home_is_exact(void **state)
     assert_true(nothing > 1e-6 && nothing > 100 * same);
 }
 
+/* Whatever is computed again: an answer does not depend on whether the placed KV was all there
+ * before the first layer or came in layer by layer, and no layer is computed before it is loaded.
+ */
+static void test_loading_beside_computing_changes_nothing(void **state)
+{
+    fixture *f = *state;
+    static const char *const policies[] = {"none", "sink8", "sink8+query10", "deviation15", "all"};
+    asked what = {.home = "nothing", .before = "An opening of some length before the chunk."};
+    what.mode = KVLOOM__V1__MODE__MODE_READ;
+    end(run_well(f, &what));
+    what.mode = KVLOOM__V1__MODE__MODE_FULL;
+    end(run_well(f, &what));
+    what.mode = KVLOOM__V1__MODE__MODE_REUSE;
+    for (int round = 0; round < 6; round++) {
+        for (size_t p = 0; p < sizeof policies / sizeof *policies; p++) {
+            what.select = policies[p];
+            what.load_first = true;
+            Kvloom__V1__HostReply *apart = run_well(f, &what);
+            what.load_first = false;
+            Kvloom__V1__HostReply *beside = run_well(f, &what);
+            assert_int_equal(apart->run->recomputed, beside->run->recomputed);
+            assert_int_equal(apart->run->n_tokens, beside->run->n_tokens);
+            assert_memory_equal(apart->run->tokens, beside->run->tokens,
+                                beside->run->n_tokens * sizeof(uint32_t));
+            assert_true(apart->run->evaluation->kl == beside->run->evaluation->kl);
+            assert_true((strcmp(policies[p], "all") == 0) == (beside->run->evaluation->kl == 0.0));
+            assert_int_equal(beside->run->n_layer_loaded_ms, 3);
+            for (size_t l = 0; l < 3; l++) {
+                const double loaded = beside->run->layer_loaded_ms[l];
+                assert_true(loaded > (l == 0 ? 0.0 : beside->run->layer_loaded_ms[l - 1]));
+                assert_true(beside->run->layer_computed_ms[l] > loaded);
+                assert_true(apart->run->layer_computed_ms[l] == 0.0);
+            }
+            end(apart);
+            end(beside);
+        }
+    }
+}
+
 static void test_a_primer_is_sent_once(void **state)
 {
     fixture *f = *state;
@@ -313,6 +356,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_homes_stand_side_by_side, setup, teardown),
         cmocka_unit_test_setup_teardown(test_a_slot_behind_its_own_home_is_exact, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_loading_beside_computing_changes_nothing, setup,
+                                        teardown),
         cmocka_unit_test_setup_teardown(test_a_primer_is_sent_once, setup, teardown),
         cmocka_unit_test_setup_teardown(test_bad_homes_are_refused, setup, teardown),
     };
