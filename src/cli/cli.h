@@ -43,6 +43,11 @@ int kvl_command_version(int argc, char **argv);
 /* Prints "kvloom: text" and returns KVL_EXIT_FAILED. */
 int kvl_cli_fail(const kvl_error *error);
 
+/* Makes a fresh directory kvloom-<what>-... in TMPDIR, by default /tmp. The caller removes it.
+ * path [n_path_bytes]; "" on failure. Errors   KVL_ERR_TOO_LARGE, KVL_ERR_IO */
+KVL_MUST_USE kvl_status kvl_cli_temporary(const char *what, char *path, size_t n_path_bytes,
+                                          kvl_error *error);
+
 /* Options that every command with a model has; part of each command's argp as a child. */
 typedef struct kvl_cli_engine {
     const char *model; /* path, or a name of `kvloom model list` */

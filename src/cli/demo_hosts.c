@@ -150,12 +150,7 @@ static kvl_status make_directory(demo *d, kvl_error *error)
         }
         return KVL_OK;
     }
-    const char *parent = getenv("TMPDIR");
-    (void)snprintf(d->directory, sizeof d->directory, "%s/kvloom-demo-XXXXXX",
-                   parent == NULL || parent[0] != '/' ? "/tmp" : parent);
-    if (mkdtemp(d->directory) == NULL)
-        return KVL_FAIL(error, KVL_ERR_IO, "cannot create %s: %s", d->directory, strerror(errno));
-    return KVL_OK;
+    return kvl_cli_temporary("demo", d->directory, sizeof d->directory, error);
 }
 
 static kvl_status make_key(const demo *d, kvl_error *error)

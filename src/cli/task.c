@@ -6,7 +6,6 @@
 #include "base/random.h"
 #include "host/host.h"
 
-#include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -145,12 +144,11 @@ kvl_status kvl_local_host_open(const kvl_local_host_options *options, kvl_local_
     *host = NULL;
     kvl_local_host *made = kvl_alloc_zero(1, sizeof *made);
     if (made == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a host");
-    (void)snprintf(made->directory, sizeof made->directory, "/tmp/kvloom-local-XXXXXX");
-    if (mkdtemp(made->directory) == NULL) {
-        const int reason = errno;
+    const kvl_status has_place =
+        kvl_cli_temporary("local", made->directory, sizeof made->directory, error);
+    if (has_place != KVL_OK) {
         kvl_free(made);
-        return KVL_FAIL(error, KVL_ERR_IO, "cannot create a directory in /tmp: %s",
-                        strerror(reason));
+        return has_place;
     }
     (void)snprintf(made->endpoint, sizeof made->endpoint, "ipc://%s/host.sock", made->directory);
     (void)snprintf(made->store, sizeof made->store, "%s/store", made->directory);

@@ -32,13 +32,18 @@ static uint32_t merge(const uint32_t *computed, uint32_t n_computed, const uint3
     return n;
 }
 
-static kvl_status score(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t n_computed,
-                        float *scores, kvl_error *error)
+/* Attention from the rows behind the last run, by position. */
+static kvl_status attend(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t n_computed,
+                         float *scores, kvl_error *error)
 {
     const kvl_select_run *last = &runs[n_runs - 1];
-    if (r->select->score == KVL_SELECT_QUERY_ATTENTION)
-        return kvl_session_attention(r->session, r->positions, n_computed, last->first + last->n,
-                                     scores, error);
+    return kvl_session_attention(r->session, r->positions, n_computed, last->first + last->n,
+                                 scores, error);
+}
+
+static kvl_status deviate(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t n_computed,
+                          float *scores, kvl_error *error)
+{
     uint32_t *all = kvl_alloc_zero(2 * r->n_ids, sizeof *all);
     if (all == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to score a prompt");
     uint32_t *placed = all + r->n_ids;
@@ -49,6 +54,23 @@ static kvl_status score(run *r, const kvl_select_run *runs, size_t n_runs, uint3
     const uint32_t n = merge(r->positions, n_computed, placed, n_placed, all);
     const kvl_status status = kvl_session_deviation(r->session, all, n, scores, error);
     kvl_free(all);
+    return status;
+}
+
+/* Attention first: the pass of deviations replaces what it would look at. */
+static kvl_status score(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t n_computed,
+                        float *scores, kvl_error *error)
+{
+    if (r->select->score == KVL_SELECT_QUERY_ATTENTION)
+        return attend(r, runs, n_runs, n_computed, scores, error);
+    if (r->select->score == KVL_SELECT_DEVIATION)
+        return deviate(r, runs, n_runs, n_computed, scores, error);
+    float *attended = kvl_alloc_zero(r->n_ids, sizeof *attended);
+    if (attended == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to score a prompt");
+    kvl_status status = attend(r, runs, n_runs, n_computed, attended, error);
+    if (status == KVL_OK) status = deviate(r, runs, n_runs, n_computed, scores, error);
+    for (size_t i = 0; status == KVL_OK && i < r->n_ids; i++) scores[i] *= attended[i];
+    kvl_free(attended);
     return status;
 }
 

@@ -12,13 +12,12 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(os.path.dirname(HERE), "support"))
-import peers  # noqa: E402
+import contract  # noqa: E402
 from http_server import MODEL, Server  # noqa: E402
 
 CHAT, TEXT, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -319,35 +318,21 @@ def check_few_pages(kvloom, _folder):
 
 
 def main():
-    kvloom = os.path.abspath(os.path.join(sys.argv[1] if len(sys.argv) > 1 else "build/release",
-                                          "kvloom"))
+    kvloom = contract.program()
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 8.0
-    if not os.path.exists(peers.model_path(MODEL)):
-        print(f"{MODEL} is not in the cache: fetch it with kvloom model pull {MODEL}")
-        return 77
-    failed = []
-
-    def run(check, *arguments):
-        start = time.monotonic()
-        try:
-            check(*arguments)
-            print(f"{check.__name__}: as promised ({time.monotonic() - start:.1f} s)", flush=True)
-        except AssertionError as error:
-            failed.append(check)
-            print(f"{check.__name__}: {error or 'an assertion failed'}", flush=True)
-
+    contract.need_model(MODEL)
+    checks = contract.Checks()
     with Server(kvloom) as server:
         for check in (check_streams_say_what_whole_answers_say, check_completions_and_logprobs,
                       check_what_is_known_is_not_computed_again, check_sampling_fields,
                       check_errors_name_the_field, check_hostile_bodies,
                       check_32_at_once_answer_as_one_alone):
-            run(check, server)
-        run(check_clients_that_leave, server, seconds)
+            checks.run(check, server)
+        checks.run(check_clients_that_leave, server, seconds)
         assert server.stop() == 0, server.said
     for check in (check_keys_and_tenants, check_addresses, check_back_pressure, check_few_pages):
-        with tempfile.TemporaryDirectory() as folder:
-            run(check, kvloom, folder)
-    return 1 if failed else 0
+        checks.run_in_folder(check, kvloom)
+    return checks.status()
 
 
 if __name__ == "__main__":
