@@ -14,7 +14,7 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(os.path.dirname(HERE), "support"))
-import peers  # noqa: E402
+import contract  # noqa: E402
 
 MODEL = "smollm2-135m"
 SUBJECTS = ("harbour crane", "tram depot", "glass works", "night school")
@@ -142,23 +142,40 @@ def check_wrong_use(kvloom, folder, collection):
         assert process.returncode != 0 and text in errors.decode(), errors
 
 
+FIGURES = {"ttft_ratio_lmdb", "ttft_ratio_memory", "ttft_ratio_fast", "throughput_ratio",
+           "overlap_ratio", "selective15_cost_ratio"}
+
+
+def check_bench(kvloom):
+    """Its keys, and that what it measures is what it says; speeds are not judged here."""
+    report = json.loads(run(kvloom, "bench", "rag", "--quick", "--json"))
+    assert report["name"] == "rag" and not FIGURES - set(report["figures"]), report["figures"]
+    assert all(report[name] == report["figures"][name] > 0 for name in FIGURES)
+    for row in report["rows"]:
+        if row.get("way") == "fast":
+            assert 0 < row["recomputed"] <= 0.05 * row["placed"], row
+        if row.get("way") == "balanced":
+            assert 0 < row["recomputed"] <= 0.15 * row["placed"], row
+        if row.get("way") == "full prefill":
+            assert row["placed"] == 0 and row["tokens"] > 1000, row
+
+
 def main():
     kvloom = os.path.abspath(os.path.join(sys.argv[1] if len(sys.argv) > 1 else "build/release",
                                           "kvloom"))
-    if not os.path.exists(peers.model_path(MODEL)):
-        print(f"{MODEL} is not in the cache: fetch it with kvloom model pull {MODEL}")
-        return 77
+    contract.need_model(MODEL)
+    checks = contract.Checks()
     with tempfile.TemporaryDirectory() as place:
         folder = os.path.join(place, "documents")
         collection = os.path.join(place, "collection")
         os.mkdir(folder)
         write_documents(folder)
-        check_resumes_after_a_kill(kvloom, folder, collection)
-        check_answers(kvloom, collection)
-        check_edits(kvloom, folder, collection)
-        check_wrong_use(kvloom, folder, collection)
-    print("ingest and ask: as promised")
-    return 0
+        checks.run(check_resumes_after_a_kill, kvloom, folder, collection)
+        checks.run(check_answers, kvloom, collection)
+        checks.run(check_edits, kvloom, folder, collection)
+        checks.run(check_wrong_use, kvloom, folder, collection)
+        checks.run(check_bench, kvloom)
+    return checks.status()
 
 
 if __name__ == "__main__":
