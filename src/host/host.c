@@ -5,6 +5,7 @@
 #include "base/log.h"
 #include "host/host_parts.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -136,7 +137,7 @@ static void load_anchors(kvl_host *host)
     kvl_free(found.ids);
 }
 
-static void do_waiting_tasks(void *context);
+static bool do_waiting_tasks(void *context, bool is_idle);
 
 static kvl_status create_parts(kvl_host *host, const kvl_host_options *options, kvl_error *error)
 {
@@ -205,6 +206,7 @@ void kvl_host_destroy(kvl_host *host)
     }
     kvl_queue_destroy(host->tasks);
     kvl_service_destroy(host->service);
+    heal_deinit(host);
     kvl_anchor_pool_destroy(host->anchors);
     if (host->store != NULL) host->store->ops->destroy(host->store);
     for (size_t i = 0; i < KVL_PARTS_MAX; i++) kv_buffer_deinit(&host->bases[i]);
@@ -268,6 +270,26 @@ static void fill_status(kvl_host *host, Kvloom__V1__StatusReply *status)
     status->free_pages = kvl_page_pool_n_free(host->engine->pool);
     status->tree_pages = kvl_prefix_tree_n_pages(host->engine->tree);
     status->model = (char *)(uintptr_t)host->engine->shape->name;
+    const heal_queue *heals = &host->heals;
+    status->healed = heals->n_healed;
+    status->heals_waiting = heals->n;
+    status->heals_dropped = heals->n_dropped;
+    status->heals_failed = heals->n_failed;
+    status->healed_tokens = heals->n_tokens;
+    status->differed_tokens = heals->n_differed;
+}
+
+static kvl_status ask_heal(kvl_host *host, const Kvloom__V1__HealTask *asked,
+                           Kvloom__V1__HealReply *healing, kvl_error *error)
+{
+    kvl_digest home;
+    if (asked->home.len != sizeof home.bytes)
+        return KVL_FAIL(error, KVL_ERR_INVALID, "the home has %zu bytes, must have %u",
+                        asked->home.len, KVL_DIGEST_BYTES);
+    memcpy(home.bytes, asked->home.data, sizeof home.bytes);
+    heal_wait(host, &home, (int64_t)asked->wait_ms * KVL_NS_PER_MS);
+    heal_tell(host, &home, healing);
+    return KVL_OK;
 }
 
 static void do_task(kvl_host *host, const waiting_task *task)
@@ -277,6 +299,7 @@ static void do_task(kvl_host *host, const waiting_task *task)
     Kvloom__V1__HostReply answer = KVLOOM__V1__HOST_REPLY__INIT;
     Kvloom__V1__RunReply ran = KVLOOM__V1__RUN_REPLY__INIT;
     Kvloom__V1__StatusReply state = KVLOOM__V1__STATUS_REPLY__INIT;
+    Kvloom__V1__HealReply healing = KVLOOM__V1__HEAL_REPLY__INIT;
     kvl_status status = KVL_OK;
     switch (asked == NULL ? KVLOOM__V1__HOST_TASK__WHAT__NOT_SET : asked->what_case) {
     case KVLOOM__V1__HOST_TASK__WHAT_RUN:
@@ -294,6 +317,11 @@ static void do_task(kvl_host *host, const waiting_task *task)
         answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_STATUS;
         answer.status = &state;
         break;
+    case KVLOOM__V1__HOST_TASK__WHAT_HEAL:
+        status = ask_heal(host, asked->heal, &healing, &error);
+        answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_HEAL;
+        answer.heal = &healing;
+        break;
     case KVLOOM__V1__HOST_TASK__WHAT_STOP:
         host->stopping = true;
         answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_STOPPING;
@@ -307,16 +335,18 @@ static void do_task(kvl_host *host, const waiting_task *task)
     if (asked != NULL) kvloom__v1__host_task__free_unpacked(asked, NULL);
 }
 
-static void do_waiting_tasks(void *context)
+/* Heals where there is nothing else to do; true while some of that is left. */
+static bool do_waiting_tasks(void *context, bool is_idle)
 {
     kvl_host *host = context;
     while (!host->stopping) {
         waiting_task *task = kvl_queue_try_pop(host->tasks);
-        if (task == NULL) return;
+        if (task == NULL) return is_idle && heal_step(host);
         do_task(host, task);
         kvl_free(task);
     }
     kvl_service_stop(host->service);
+    return false;
 }
 
 kvl_service *kvl_host_service(kvl_host *host)
@@ -330,16 +360,23 @@ void kvl_host_run(kvl_host *host)
         kvl_service_run(host->service);
         return;
     }
+    bool heals = false;
     while (!host->stopping) {
-        waiting_task *task = kvl_queue_pop(host->tasks);
-        if (task == NULL) return;
+        waiting_task *task = heals ? kvl_queue_try_pop(host->tasks) : kvl_queue_pop(host->tasks);
+        if (task == NULL && !heals) return;
+        if (task == NULL) {
+            heals = heal_step(host) && !atomic_load(&host->is_closed);
+            continue;
+        }
         do_task(host, task);
         kvl_free(task);
+        heals = host->heals.first != NULL;
     }
 }
 
 void kvl_host_stop(kvl_host *host)
 {
+    atomic_store(&host->is_closed, true);
     kvl_queue_close(host->tasks);
     if (host->service != NULL) kvl_service_stop(host->service);
 }

@@ -5,6 +5,8 @@
 #include "base/clock.h"
 #include "base/queue.h"
 #include "host.pb-c.h"
+#include "host/check.h"
+#include "host/heal.h"
 #include "host/host.h"
 #include "reuse/planner.h"
 #include "reuse/select.h"
@@ -49,7 +51,9 @@ struct kvl_host {
     float *logits; /* [n_vocab] */
     reference reference;
     kvl_plan_rates rates; /* measured on this host, refreshed by every run */
+    heal_queue heals;
     bool stopping;
+    _Atomic bool is_closed; /* kvl_host_stop: what waits is not healed any more */
 };
 
 /* One part of a prompt as the host sees it. */
@@ -62,6 +66,7 @@ typedef struct run_part {
     kvl_digest home, id;
     kvl_container *container; /* its KV at home, once it is had; a reference */
     bool is_missing;          /* an answer that was asked for and is not to be had */
+    bool is_unhealed;         /* `container` is an answer whose own KV was approximate */
     char from[KVL_SLOT_NAME_MAX];
     uint64_t fetched_bytes;
     kvl_anchor_match match;
@@ -83,7 +88,8 @@ typedef struct run {
     const kvl_select_policy *select; /* NULL: nothing is blended */
     uint32_t n_recomputed, n_corrected;
     bool is_verified;
-    bool is_exact; /* only shared and computed: the answer must be that of a full prefill */
+    bool is_healing; /* in the queue of those that are healed behind the answer */
+    bool is_exact;   /* only shared and computed: the answer must be that of a full prefill */
     /* Outcome. */
     uint32_t n_answer;
     bool ended;
@@ -117,10 +123,15 @@ void run_deinit(run *r);
 KVL_MUST_USE kvl_status run_resolve(run *r, bool may_compute, kvl_error *error);
 
 /* host/publish.c */
+typedef struct host_publication {
+    uint32_t first, n; /* positions */
+    kvl_digest home;
+    bool is_canonical, is_unhealed;
+} host_publication;
 /* KV of positions first .. first + n - 1 as a sealed segment, stored and announced. */
-KVL_MUST_USE kvl_status host_publish(kvl_host *host, kvl_session *session, uint32_t first,
-                                     uint32_t n, const kvl_digest *home, bool is_canonical,
-                                     kvl_container **container, kvl_error *error);
+KVL_MUST_USE kvl_status host_publish(kvl_host *host, kvl_session *session,
+                                     const host_publication *what, kvl_container **container,
+                                     kvl_error *error);
 /* Measures anchors of every slot that none covers yet, from the exact prompt of the session. */
 KVL_MUST_USE kvl_status run_measure_anchors(run *r, kvl_error *error);
 
@@ -138,6 +149,18 @@ KVL_MUST_USE kvl_status run_fill(run *r, bool with_anchors, kvl_error *error);
 /* Adds to the positions that are computed [*n, ascending, in r->positions] those of blended parts
  * that the run's policy chooses. Nothing happens without blended parts. */
 KVL_MUST_USE kvl_status run_select(run *r, uint32_t *n, kvl_error *error);
+
+/* host/resolve.c: the segment `id` from a peer, kept in memory; part->container stays NULL where
+ * nobody has it. */
+void run_fetch(run *r, run_part *part, const kvl_digest *id);
+
+/* host/heal_read.c: the KV of another agent's answer from store or peers: the exact one where it is
+ * to be had, or comes within the time that the task gives it; else, unless the task's quality is
+ * one that is checked, the unhealed one. */
+void run_find_answer(run *r, run_part *part);
+
+/* host/run.c: a copy of prompt and answer; sent->tokens ended with kvl_free. */
+KVL_MUST_USE kvl_status run_copy_sent(const run *r, kvl_sent_answer *sent, kvl_error *error);
 
 /* host/verify.c: prefills the prompt in full, checks the answer in one pass and decodes anew from
  * the first token that differs. The run's session is the exact one from then on. */

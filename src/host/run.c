@@ -96,10 +96,41 @@ static kvl_status keep_exact_prefix(run *r, kvl_error *error)
 static kvl_status publish_answer(run *r, kvl_error *error)
 {
     if (r->n_answer == 0) return KVL_OK;
+    const bool is_exact = r->is_exact || r->is_verified;
+    const host_publication what = {
+        .first = (uint32_t)r->n_ids,
+        .n = r->n_answer,
+        .home = is_exact ? r->answer_home : heal_unhealed_home(r->host, &r->answer_home),
+        .is_unhealed = !is_exact,
+    };
     kvl_container *container = NULL;
-    KVL_TRY(host_publish(r->host, r->session, (uint32_t)r->n_ids, r->n_answer, &r->answer_home,
-                         false, &container, error));
+    KVL_TRY(host_publish(r->host, r->session, &what, &container, error));
     kvl_container_release(container);
+    return KVL_OK;
+}
+
+kvl_status run_copy_sent(const run *r, kvl_sent_answer *sent, kvl_error *error)
+{
+    const size_t n = r->n_ids + r->n_answer;
+    sent->tokens = kvl_alloc_zero(n, sizeof *sent->tokens);
+    if (sent->tokens == NULL)
+        return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to check %u tokens", r->n_answer);
+    memcpy(sent->tokens, kvl_session_tokens(r->session), n * sizeof *sent->tokens);
+    sent->n_prompt = (uint32_t)r->n_ids;
+    sent->n_answer = r->n_answer;
+    sent->ended = r->ended;
+    sent->salt = r->salt;
+    return KVL_OK;
+}
+
+/* Before a comparison takes the answer out of the session. */
+static kvl_status heal_later(run *r, kvl_error *error)
+{
+    if (r->task->quality != KVLOOM__V1__QUALITY__QUALITY_HEALED || r->is_exact) return KVL_OK;
+    kvl_sent_answer sent = {0};
+    KVL_TRY(run_copy_sent(r, &sent, error));
+    heal_add(r->host, &sent, &r->answer_home);
+    r->is_healing = true;
     return KVL_OK;
 }
 
@@ -156,6 +187,7 @@ static void fill_part(const run *r, const run_part *part, Kvloom__V1__PartReport
     report->computed = part->n_tokens - part->step.n_shared - n_reused;
     report->fetched_bytes = part->fetched_bytes;
     report->from = (char *)(uintptr_t)part->from;
+    report->unhealed = part->is_unhealed;
     report->cost_ms = part->step.cost_ms;
     report->compute_ms = part->step.compute_ms;
     report->n_anchors = part->match.n_anchors;
@@ -270,6 +302,7 @@ static kvl_status fill_reply(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
     reply->corrected = r->n_corrected;
     reply->verified = r->is_verified || r->is_exact;
     reply->exact = r->is_exact;
+    reply->healing = r->is_healing;
     reply->ended = r->ended;
     reply->wrong_tokens = r->n_wrong;
     KVL_TRY(copy_parts(r, reply, error));
@@ -300,6 +333,7 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
     KVL_TRY(keep_exact_prefix(r, error));
     KVL_TRY(publish_answer(r, error));
     KVL_TRY(copy_answer(r, reply, error));
+    KVL_TRY(heal_later(r, error));
     if (r->task->evaluate) KVL_TRY(evaluate(r, error));
     /* A text that nobody has read yet is computed where it stands, which is exact and takes no
      * longer than computing it behind the header; the latter is done now, for those who read it
@@ -335,6 +369,7 @@ kvl_status host_run_task(kvl_host *host, const Kvloom__V1__RunTask *task,
     if (!is_plan && (task->max_tokens == 0 || task->max_tokens > host->engine->n_positions))
         return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "max_tokens is %u; it must be 1 to %u",
                         task->max_tokens, host->engine->n_positions);
+    heal_make_room(host);
     run *r = kvl_alloc_zero(1, sizeof *r);
     if (r == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a run");
     kvl_status status = run_init(r, host, task, error);

@@ -123,6 +123,7 @@ typedef struct asked {
     Kvloom__V1__Mode mode;
     Kvloom__V1__Quality quality;
     const char *select; /* NULL: a prompt of a workflow, with anchors */
+    uint32_t wait_healed_ms;
 } asked;
 
 static kvl_status call(fixture *f, int h, const Kvloom__V1__HostTask *task,
@@ -178,6 +179,7 @@ static Kvloom__V1__HostReply *run(fixture *f, int h, const asked *what)
     task.mode = what->mode;
     task.quality = what->quality;
     task.max_tokens = ANSWER;
+    task.wait_healed_ms = what->wait_healed_ms;
     task.evaluate = what->mode == KVLOOM__V1__MODE__MODE_REUSE;
     task.place_only = task.evaluate;
     Kvloom__V1__HostTask message = KVLOOM__V1__HOST_TASK__INIT;
@@ -195,7 +197,7 @@ static Kvloom__V1__HostReply *run_both(fixture *f, int h, const char *question,
                                        const Kvloom__V1__RunReply *answer,
                                        Kvloom__V1__Quality quality)
 {
-    asked what = {question, answer, KVLOOM__V1__MODE__MODE_FULL, quality, NULL};
+    asked what = {question, answer, KVLOOM__V1__MODE__MODE_FULL, quality, NULL, 0};
     Kvloom__V1__HostReply *full = run(f, h, &what);
     what.mode = KVLOOM__V1__MODE__MODE_REUSE;
     Kvloom__V1__HostReply *reuse = run(f, h, &what);
@@ -323,7 +325,7 @@ static void test_a_lost_segment_is_computed(void **state)
 static Kvloom__V1__HostReply *blended(fixture *f, const char *question, const char *select,
                                       Kvloom__V1__Quality quality)
 {
-    asked what = {question, NULL, KVLOOM__V1__MODE__MODE_REUSE, quality, select};
+    asked what = {question, NULL, KVLOOM__V1__MODE__MODE_REUSE, quality, select, 0};
     what.mode = KVLOOM__V1__MODE__MODE_FULL;
     kvloom__v1__host_reply__free_unpacked(run(f, 0, &what), NULL);
     what.mode = KVLOOM__V1__MODE__MODE_REUSE;
@@ -403,6 +405,158 @@ static void test_verified_answers_are_exact(void **state)
     assert_true(n_corrected > 0);
 }
 
+static Kvloom__V1__HealReply heal(fixture *f, int h, const Kvloom__V1__RunReply *run,
+                                  uint32_t wait_ms)
+{
+    Kvloom__V1__HealTask task = KVLOOM__V1__HEAL_TASK__INIT;
+    task.home = run->home;
+    task.wait_ms = wait_ms;
+    Kvloom__V1__HostTask message = KVLOOM__V1__HOST_TASK__INIT;
+    message.what_case = KVLOOM__V1__HOST_TASK__WHAT_HEAL;
+    message.heal = &task;
+    Kvloom__V1__HostReply *reply = NULL;
+    kvl_error error = {0};
+    if (call(f, h, &message, &reply, &error) != KVL_OK) fail_msg("%s", error.text);
+    assert_int_equal(reply->what_case, KVLOOM__V1__HOST_REPLY__WHAT_HEAL);
+    const Kvloom__V1__HealReply healing = *reply->heal;
+    kvloom__v1__host_reply__free_unpacked(reply, NULL);
+    return healing;
+}
+
+/* A prompt that host one has answered and host two reads, in full and then with reuse. */
+typedef struct read_twice {
+    Kvloom__V1__HostReply *first, *full, *reuse;
+} read_twice;
+
+static read_twice read_answer(fixture *f, const char *question, Kvloom__V1__Quality quality)
+{
+    read_twice got;
+    asked what = {.question = question, .quality = quality, .select = "none"};
+    what.mode = KVLOOM__V1__MODE__MODE_FULL;
+    kvloom__v1__host_reply__free_unpacked(run(f, 0, &what), NULL);
+    what.mode = KVLOOM__V1__MODE__MODE_REUSE;
+    got.first = run(f, 0, &what);
+    what.answer = got.first->run;
+    what.mode = KVLOOM__V1__MODE__MODE_FULL;
+    got.full = run(f, 1, &what);
+    what.mode = KVLOOM__V1__MODE__MODE_REUSE;
+    got.reuse = run(f, 1, &what);
+    return got;
+}
+
+static void free_twice(read_twice *got)
+{
+    kvloom__v1__host_reply__free_unpacked(got->first, NULL);
+    kvloom__v1__host_reply__free_unpacked(got->full, NULL);
+    kvloom__v1__host_reply__free_unpacked(got->reuse, NULL);
+}
+
+/* Where two answers part; the length of both where they do not. */
+static uint32_t parting(const Kvloom__V1__RunReply *a, const Kvloom__V1__RunReply *b)
+{
+    uint32_t n = 0;
+    while (n < a->n_tokens && n < b->n_tokens && a->tokens[n] == b->tokens[n]) n++;
+    return n;
+}
+
+/* The answer comes from approximate KV and is sent as it is; behind it, the host finds the first
+ * token that full prefill would not have given, and has exact KV from then on, to the last bit. */
+static void test_healed_answers_are_made_right_behind_the_reply(void **state)
+{
+    fixture *f = *state;
+    uint32_t n_differed = 0;
+    for (int i = 0; i < 12; i++) {
+        char question[96];
+        (void)snprintf(question, sizeof question,
+                       "Question %d of many, each of them with another number: %d", i, i * 7919);
+        read_twice got = read_answer(f, question, KVLOOM__V1__QUALITY__QUALITY_HEALED);
+        const Kvloom__V1__RunReply *reply = got.reuse->run;
+        assert_true(count_blended(got.reuse) > 0);
+        assert_true(reply->healing);
+        assert_false(reply->verified);
+        const Kvloom__V1__HealReply healing = heal(f, 1, reply, 10000);
+        assert_int_equal(healing.state, KVLOOM__V1__HEAL_STATE__HEAL_DONE);
+        assert_int_equal(healing.n_tokens, reply->n_tokens);
+        const uint32_t at = parting(reply, got.full->run);
+        const bool same = at == reply->n_tokens && at == got.full->run->n_tokens;
+        assert_int_equal(healing.differed == 0, same);
+        if (!same) assert_int_equal(healing.first_differed, at);
+        n_differed += !same;
+
+        /* Prompt and sent answer are in the prefix tree: another prompt that begins so shares them,
+         * and what it is given is what a full prefill gives. */
+        asked what = {.question = question,
+                      .answer = got.first->run,
+                      .mode = KVLOOM__V1__MODE__MODE_REUSE,
+                      .quality = KVLOOM__V1__QUALITY__QUALITY_EXACT,
+                      .select = "none"};
+        Kvloom__V1__HostReply *exact = run(f, 1, &what);
+        uint32_t n_shared = 0;
+        for (size_t p = 0; p < exact->run->n_parts; p++) n_shared += exact->run->parts[p]->shared;
+        assert_true(n_shared + 2 * KVL_PAGE_TOKENS > exact->run->prompt_tokens);
+        assert_true(exact->run->evaluation->kl == 0.0);
+        assert_int_equal(exact->run->wrong_tokens, 0);
+        kvloom__v1__host_reply__free_unpacked(exact, NULL);
+        free_twice(&got);
+    }
+    /* Otherwise nothing was tested. */
+    assert_true(n_differed > 0);
+}
+
+static const Kvloom__V1__PartReport *part_of(const Kvloom__V1__HostReply *reply, const char *slot)
+{
+    for (size_t p = 0; p < reply->run->n_parts; p++)
+        if (strcmp(reply->run->parts[p]->slot, slot) == 0) return reply->run->parts[p];
+    fail_msg("no part %s", slot);
+    return NULL;
+}
+
+/* Host one reads what host two answered from approximate KV. */
+static void test_unhealed_answers_are_told_from_healed_ones(void **state)
+{
+    fixture *f = *state;
+    read_twice got = read_answer(f, questions[0], KVLOOM__V1__QUALITY__QUALITY_BALANCED);
+    assert_false(got.reuse->run->exact);
+    asked what = {.question = questions[1],
+                  .answer = got.reuse->run,
+                  .quality = KVLOOM__V1__QUALITY__QUALITY_BALANCED,
+                  .select = "none"};
+    what.mode = KVLOOM__V1__MODE__MODE_FULL;
+    kvloom__v1__host_reply__free_unpacked(run(f, 0, &what), NULL);
+    what.mode = KVLOOM__V1__MODE__MODE_REUSE;
+    what.quality = KVLOOM__V1__QUALITY__QUALITY_VERIFIED;
+    Kvloom__V1__HostReply *reply = run(f, 0, &what);
+    assert_int_equal(part_of(reply, "answer")->computed, ANSWER);
+    assert_false(part_of(reply, "answer")->unhealed);
+    kvloom__v1__host_reply__free_unpacked(reply, NULL);
+    /* The tree has it now: other text before it, so that it is read again. */
+    what.question = questions[2];
+    what.mode = KVLOOM__V1__MODE__MODE_FULL;
+    kvloom__v1__host_reply__free_unpacked(run(f, 0, &what), NULL);
+    what.mode = KVLOOM__V1__MODE__MODE_REUSE;
+    what.quality = KVLOOM__V1__QUALITY__QUALITY_BALANCED;
+    what.wait_healed_ms = 1; /* nobody heals it: in vain */
+    reply = run(f, 0, &what);
+    assert_int_equal(part_of(reply, "answer")->blended, ANSWER);
+    assert_true(part_of(reply, "answer")->unhealed);
+    kvloom__v1__host_reply__free_unpacked(reply, NULL);
+    free_twice(&got);
+
+    got = read_answer(f, "Something else, of which the answer is to be healed before it is read",
+                      KVLOOM__V1__QUALITY__QUALITY_HEALED);
+    assert_true(got.reuse->run->healing);
+    what.answer = got.reuse->run;
+    what.wait_healed_ms = 20000;
+    what.mode = KVLOOM__V1__MODE__MODE_FULL;
+    kvloom__v1__host_reply__free_unpacked(run(f, 0, &what), NULL);
+    what.mode = KVLOOM__V1__MODE__MODE_REUSE;
+    reply = run(f, 0, &what);
+    assert_int_equal(part_of(reply, "answer")->blended, ANSWER);
+    assert_false(part_of(reply, "answer")->unhealed);
+    kvloom__v1__host_reply__free_unpacked(reply, NULL);
+    free_twice(&got);
+}
+
 static void test_bad_tasks_are_refused(void **state)
 {
     fixture *f = *state;
@@ -439,6 +593,10 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_a_lost_segment_is_computed, setup, teardown),
         cmocka_unit_test_setup_teardown(test_blending_recomputes_what_it_says, setup, teardown),
         cmocka_unit_test_setup_teardown(test_verified_answers_are_exact, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_healed_answers_are_made_right_behind_the_reply, setup,
+                                        teardown),
+        cmocka_unit_test_setup_teardown(test_unhealed_answers_are_told_from_healed_ones, setup,
+                                        teardown),
         cmocka_unit_test_setup_teardown(test_bad_tasks_are_refused, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
