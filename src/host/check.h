@@ -41,6 +41,12 @@ typedef struct exact_check {
 KVL_MUST_USE kvl_status exact_check_begin(exact_check *check, kvl_engine *engine,
                                           const kvl_sent_answer *sent, uint32_t n_more,
                                           kvl_error *error);
+/* The same for a session that has some KV of all of the prompt, and the answer's tokens: what that
+ * cache would have given. Borrows the session: taken out before exact_check_end.
+ * Errors   KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status exact_check_begin_on(exact_check *check, kvl_engine *engine,
+                                             const kvl_sent_answer *sent, kvl_session *session,
+                                             kvl_error *error);
 /* Computes about n_rows more tokens. Errors   those of kvl_session_compute */
 KVL_MUST_USE kvl_status exact_check_step(exact_check *check, uint32_t n_rows, kvl_error *error);
 bool exact_check_is_done(const exact_check *check);

@@ -24,15 +24,22 @@ kvl_digest heal_unhealed_home(const kvl_host *host, const kvl_digest *home)
 static void remember(heal_queue *queue, const heal_job *job, Kvloom__V1__HealState state)
 {
     heal_outcome *outcome = &queue->outcomes[queue->n_outcomes++ % KVL_HEAL_OUTCOMES];
-    *outcome =
-        (heal_outcome){job->home,           state,        job->sent.n_answer, job->check.n_differed,
-                       job->check.n_agreed, job->spent_ns};
+    *outcome = (heal_outcome){job->asked.home,          state,
+                              job->asked.sent.n_answer, job->check.n_differed,
+                              job->check.n_agreed,      job->spent_ns};
+}
+
+static void end_request(heal_request *asked)
+{
+    kvl_free(asked->sent.tokens);
+    kvl_free(asked->reused);
+    *asked = (heal_request){0};
 }
 
 static void end_job(heal_job *job)
 {
     exact_check_end(&job->check);
-    kvl_free(job->sent.tokens);
+    end_request(&job->asked);
     kvl_free(job);
 }
 
@@ -51,24 +58,22 @@ static void drop_first(heal_queue *queue)
     queue->n_dropped++;
     kvl_log(KVL_LOG_WARN, "heal_dropped", "waiting=%u remedy=\"ask for fewer healed answers\"",
             queue->n);
-    remember(queue, job, KVLOOM__V1__HEAL_STATE__HEAL_DROPPED);
+    if (job->asked.swaps) remember(queue, job, KVLOOM__V1__HEAL_STATE__HEAL_DROPPED);
     end_job(job);
 }
 
-void heal_add(kvl_host *host, kvl_sent_answer *sent, const kvl_digest *home)
+void heal_add(kvl_host *host, heal_request *asked)
 {
     heal_queue *queue = &host->heals;
     heal_job *job = kvl_alloc_zero(1, sizeof *job);
     if (job == NULL) {
         queue->n_dropped++;
-        kvl_free(sent->tokens);
-        *sent = (kvl_sent_answer){0};
+        end_request(asked);
         return;
     }
     while (queue->n >= KVL_HEALS_MAX) drop_first(queue);
-    job->sent = *sent;
-    job->home = *home;
-    *sent = (kvl_sent_answer){0};
+    job->asked = *asked;
+    *asked = (heal_request){0};
     if (queue->last == NULL)
         queue->first = job;
     else
@@ -82,14 +87,15 @@ void heal_add(kvl_host *host, kvl_sent_answer *sent, const kvl_digest *home)
 static kvl_status swap(kvl_host *host, heal_job *job, kvl_error *error)
 {
     kvl_session *exact = job->check.session;
-    const kvl_sent_answer *sent = &job->sent;
+    const kvl_sent_answer *sent = &job->asked.sent;
     KVL_TRY(kvl_session_keep_prefix(exact, sent->salt, sent->n_prompt + sent->n_answer, error));
     if (sent->n_answer == 0) return KVL_OK;
     kvl_container *container = NULL;
-    const host_publication what = {.first = sent->n_prompt, .n = sent->n_answer, .home = job->home};
+    const host_publication what = {
+        .first = sent->n_prompt, .n = sent->n_answer, .home = job->asked.home};
     KVL_TRY(host_publish(host, exact, &what, &container, error));
     kvl_container_release(container);
-    const kvl_digest home = heal_unhealed_home(host, &job->home);
+    const kvl_digest home = heal_unhealed_home(host, &job->asked.home);
     const kvl_digest id = kvl_segment_id(host->tenant_key, &host->fingerprint, &home,
                                          sent->tokens + sent->n_prompt, sent->n_answer);
     /* It may have been evicted before. */
@@ -97,21 +103,60 @@ static kvl_status swap(kvl_host *host, heal_job *job, kvl_error *error)
     return KVL_OK;
 }
 
+/* What the host knows now of answers of this kind. */
+static void learn(kvl_host *host, const heal_job *job)
+{
+    const heal_request *asked = &job->asked;
+    if (asked->reused == NULL && !asked->has_score) return;
+    quality_entry *entry = quality_find(&host->quality, asked->workflow, asked->template_name);
+    const uint32_t n = asked->sent.n_answer + asked->sent.ended;
+    const uint32_t n_differed = job->check.n_differed;
+    if (asked->has_score)
+        kvl_gate_learn(&entry->gate, &host->quality.gate, asked->score, n_differed == 0);
+    if (job->n_kl == 0) return;
+    audit_result result = {
+        .kl = job->kl_sum / job->n_kl,
+        .has_kl = true,
+        .top1 = n == 0 ? 1.0 : 1.0 - (double)n_differed / n,
+        .is_exact = n_differed == 0,
+    };
+    memcpy(result.shares, asked->shares, sizeof result.shares);
+    quality_learn_audit(&host->quality, entry, &result);
+    host_save_quality(host);
+}
+
 static void finish(kvl_host *host, heal_job *job)
 {
     heal_queue *queue = &host->heals;
+    learn(host, job);
+    if (!job->asked.swaps) return;
     queue->n_healed++;
-    queue->n_tokens += job->sent.n_answer;
+    queue->n_tokens += job->asked.sent.n_answer;
     queue->n_differed += job->check.n_differed;
     remember(queue, job, KVLOOM__V1__HEAL_STATE__HEAL_DONE);
 }
 
+static void compare_with_sent(void *context, uint32_t at, const float *logits)
+{
+    heal_job *job = context;
+    if (at >= job->asked.n_reused) return;
+    const uint32_t n_vocab = job->check.engine->shape->n_vocab;
+    bool agrees = false;
+    job->kl_sum += divergence(logits, job->asked.reused + (size_t)at * n_vocab, n_vocab, &agrees);
+    job->n_kl++;
+}
+
 static kvl_status advance(kvl_host *host, heal_job *job, kvl_error *error)
 {
-    if (job->check.session == NULL)
-        KVL_TRY(exact_check_begin(&job->check, host->engine, &job->sent, 0, error));
+    if (job->check.session == NULL) {
+        job->kl_sum = 0.0;
+        job->n_kl = 0;
+        job->check.row = job->asked.reused == NULL ? NULL : compare_with_sent;
+        job->check.context = job;
+        KVL_TRY(exact_check_begin(&job->check, host->engine, &job->asked.sent, 0, error));
+    }
     KVL_TRY(exact_check_step(&job->check, SLICE_ROWS, error));
-    return exact_check_is_done(&job->check) ? swap(host, job, error) : KVL_OK;
+    return job->asked.swaps && exact_check_is_done(&job->check) ? swap(host, job, error) : KVL_OK;
 }
 
 bool heal_step(kvl_host *host)
@@ -131,7 +176,7 @@ bool heal_step(kvl_host *host)
         queue->n_failed++;
         kvl_log(KVL_LOG_WARN, "heal_failed", "status=%s text=\"%s\"", kvl_status_name(status),
                 error.text);
-        remember(queue, job, KVLOOM__V1__HEAL_STATE__HEAL_FAILED);
+        if (job->asked.swaps) remember(queue, job, KVLOOM__V1__HEAL_STATE__HEAL_FAILED);
     }
     end_job(job);
     return queue->first != NULL;
@@ -142,7 +187,7 @@ static bool bring_forward(heal_queue *queue, const kvl_digest *home)
 {
     heal_job *before = NULL;
     heal_job *job = queue->first;
-    while (job != NULL && !kvl_digest_equal(&job->home, home)) {
+    while (job != NULL && !(job->asked.swaps && kvl_digest_equal(&job->asked.home, home))) {
         before = job;
         job = job->next;
     }
@@ -176,9 +221,9 @@ void heal_tell(const kvl_host *host, const kvl_digest *home, Kvloom__V1__HealRep
 {
     const heal_queue *queue = &host->heals;
     for (const heal_job *job = queue->first; job != NULL; job = job->next) {
-        if (!kvl_digest_equal(&job->home, home)) continue;
+        if (!job->asked.swaps || !kvl_digest_equal(&job->asked.home, home)) continue;
         reply->state = KVLOOM__V1__HEAL_STATE__HEAL_WAITING;
-        reply->n_tokens = job->sent.n_answer;
+        reply->n_tokens = job->asked.sent.n_answer;
         return;
     }
     const uint64_t n =

@@ -11,14 +11,29 @@
 #include "base/hash.h"
 #include "host.pb-c.h"
 #include "host/check.h"
+#include "reuse/error_model.h"
 
 enum { KVL_HEALS_MAX = 16, KVL_HEAL_OUTCOMES = 64 };
 
+/* What is to be checked behind an answer; owns sent.tokens and reused. */
+typedef struct heal_request {
+    kvl_sent_answer sent;
+    kvl_digest home; /* of the answer behind exact KV */
+    bool swaps;      /* exact KV takes the place of the approximate; false: an audit only */
+    float *reused;   /* [n_reused][n_vocab] what the first tokens were drawn from; NULL: no audit */
+    uint32_t n_reused;
+    double shares[KVL_ACTIONS]; /* of the prompt, by action */
+    bool has_score;             /* of the gate, which learns what became of it */
+    float score;
+    char workflow[65], template_name[65];
+} heal_request;
+
 typedef struct heal_job {
     struct heal_job *next;
-    kvl_sent_answer sent; /* owned */
-    kvl_digest home;      /* of the answer behind exact KV */
-    exact_check check;    /* under way where it has a session */
+    heal_request asked;
+    double kl_sum; /* over n_kl tokens */
+    uint32_t n_kl;
+    exact_check check; /* under way where it has a session */
     int64_t spent_ns;
 } heal_job;
 
@@ -43,9 +58,9 @@ struct kvl_host;
 /* The home that an unhealed answer is published under: nobody who asks for `home` gets it. */
 kvl_digest heal_unhealed_home(const struct kvl_host *host, const kvl_digest *home);
 
-/* Takes the answer (its tokens). The oldest goes, counted, where there is no room: what was sent
- * last is read next. Without memory the answer is dropped, and counted. */
-void heal_add(struct kvl_host *host, kvl_sent_answer *sent, const kvl_digest *home);
+/* Takes the request and what it owns. The oldest goes, counted, where there is no room: what was
+ * sent last is read next. Without memory the request is dropped, and counted. */
+void heal_add(struct kvl_host *host, heal_request *asked);
 /* Computes a slice of the oldest; false where nothing is left to do. */
 bool heal_step(struct kvl_host *host);
 /* Heals the answer of this home before the others, for at most max_ns. */

@@ -24,6 +24,7 @@ kvl_host_options kvl_host_default_options(void)
         .anchors = kvl_anchor_default_options(),
         /* Half of float16's bytes to fetch and to keep, at a KL below 0.001 to full prefill. */
         .segment_dtype = KVL_KV_INT8,
+        .audit_share = 0.05,
     };
 }
 
@@ -147,6 +148,9 @@ static kvl_status create_parts(kvl_host *host, const kvl_host_options *options, 
     if (host->logits == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for logits");
     KVL_TRY(find_home_ids(host, error));
     KVL_TRY(open_store(host, options, error));
+    char model[KVL_DIGEST_TEXT_BYTES];
+    KVL_TRY(quality_init(&host->quality, options->store_path, options->audit_share,
+                         kvl_digest_to_text(&host->fingerprint, model), error));
     kvl_anchor_options anchors = options->anchors;
     anchors.threads = host->engine->threads;
     KVL_TRY(kvl_anchor_pool_create(&anchors, &host->anchors, error));
@@ -207,6 +211,8 @@ void kvl_host_destroy(kvl_host *host)
     kvl_queue_destroy(host->tasks);
     kvl_service_destroy(host->service);
     heal_deinit(host);
+    if (host->quality.path != NULL) host_save_quality(host);
+    quality_deinit(&host->quality);
     kvl_anchor_pool_destroy(host->anchors);
     if (host->store != NULL) host->store->ops->destroy(host->store);
     for (size_t i = 0; i < KVL_PARTS_MAX; i++) kv_buffer_deinit(&host->bases[i]);
@@ -256,7 +262,13 @@ static kvl_status keep_container(kvl_host *host, const ProtobufCBinaryData *aske
     return status;
 }
 
-static void fill_status(kvl_host *host, Kvloom__V1__StatusReply *status)
+void host_save_quality(const kvl_host *host)
+{
+    char model[KVL_DIGEST_TEXT_BYTES];
+    quality_save(&host->quality, kvl_digest_to_text(&host->fingerprint, model));
+}
+
+static kvl_status fill_status(kvl_host *host, Kvloom__V1__StatusReply *status, kvl_error *error)
 {
     kvl_anchor_stats anchors = {0};
     kvl_tier_stats store = {0};
@@ -277,6 +289,7 @@ static void fill_status(kvl_host *host, Kvloom__V1__StatusReply *status)
     status->heals_failed = heals->n_failed;
     status->healed_tokens = heals->n_tokens;
     status->differed_tokens = heals->n_differed;
+    return quality_fill_status(&host->quality, status, error);
 }
 
 static kvl_status ask_heal(kvl_host *host, const Kvloom__V1__HealTask *asked,
@@ -313,7 +326,7 @@ static void do_task(kvl_host *host, const waiting_task *task)
         answer.kept = true;
         break;
     case KVLOOM__V1__HOST_TASK__WHAT_STATUS:
-        fill_status(host, &state);
+        status = fill_status(host, &state, &error);
         answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_STATUS;
         answer.status = &state;
         break;
@@ -332,6 +345,7 @@ static void do_task(kvl_host *host, const waiting_task *task)
     }
     reply(host, task->id, status, &error, &answer);
     host_reply_deinit(&ran);
+    quality_free_status(&state);
     if (asked != NULL) kvloom__v1__host_task__free_unpacked(asked, NULL);
 }
 

@@ -26,10 +26,11 @@ typedef struct kvl_host_options {
     /* With a service (host/service.h) its answers and this host's tasks share the engine thread:
      * a task runs between two steps. NULL: none. */
     const kvl_scheduler_options *scheduler;
+    double audit_share; /* of reused requests that are computed in full when idle; 0 .. 1 */
     uint8_t tenant_key[KVL_TENANT_KEY_BYTES];
 } kvl_host_options;
 
-/* Everything off but the sizes: 4 GiB of store, 1 GiB of memory, int8 segments. */
+/* Everything off but the sizes: 4 GiB of store, 1 GiB of memory, int8 segments; 5 % are audited. */
 kvl_host_options kvl_host_default_options(void);
 
 typedef struct kvl_host kvl_host;

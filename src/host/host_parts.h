@@ -8,6 +8,7 @@
 #include "host/check.h"
 #include "host/heal.h"
 #include "host/host.h"
+#include "host/quality.h"
 #include "reuse/planner.h"
 #include "reuse/select.h"
 
@@ -52,6 +53,7 @@ struct kvl_host {
     reference reference;
     kvl_plan_rates rates; /* measured on this host, refreshed by every run */
     heal_queue heals;
+    quality_book quality;
     bool stopping;
     _Atomic bool is_closed; /* kvl_host_stop: what waits is not healed any more */
 };
@@ -88,6 +90,15 @@ typedef struct run {
     const kvl_select_policy *select; /* NULL: nothing is blended */
     uint32_t n_recomputed, n_corrected;
     bool is_verified;
+    /* What the gate and audits need to know of the answer; sent.tokens is NULL where none asks. */
+    kvl_sent_answer sent;
+    float lowest_probability; /* of the likeliest token, over the answer */
+    float *sent_logits;       /* [n_sent_logits][n_vocab] before the first tokens; NULL: no audit */
+    uint32_t n_sent_logits;
+    uint32_t n_filled; /* positions that run_fill computed, in `positions` */
+    float gate_score, gate_bar;
+    bool is_gated, is_healed_first;
+    int64_t gate_ns;
     bool is_healing; /* in the queue of those that are healed behind the answer */
     bool is_exact;   /* only shared and computed: the answer must be that of a full prefill */
     /* Outcome. */
@@ -162,11 +173,28 @@ void run_find_answer(run *r, run_part *part);
 /* host/run.c: a copy of prompt and answer; sent->tokens ended with kvl_free. */
 KVL_MUST_USE kvl_status run_copy_sent(const run *r, kvl_sent_answer *sent, kvl_error *error);
 
+/* host/gate.c: where the task asks for it, a second cache with more recompute is asked for the same
+ * answer; if the two do not agree, or are not sure enough, the run is verified. */
+KVL_MUST_USE kvl_status run_gate(run *r, kvl_error *error);
+
+/* host/host.c */
+void host_save_quality(const kvl_host *host);
+
+/* host/audit.c */
+/* Draws whether this run is audited, and has memory for what that needs; called before decoding. */
+void run_begin_audit(run *r);
+/* Notes what a token was drawn from, for gate and audit. */
+void run_watch(run *r, const float *logits);
+/* Heals behind the answer, audits, or both: what is due waits in the host's queue. */
+void run_check_later(run *r);
+
 /* host/verify.c: prefills the prompt in full, checks the answer in one pass and decodes anew from
  * the first token that differs. The run's session is the exact one from then on. */
 KVL_MUST_USE kvl_status run_verify(run *r, kvl_error *error);
 
 /* host/evaluate.c */
+/* KL(full || reused) of two rows of logits [n_vocab]; whether their likeliest token is the same. */
+double divergence(const float *full, const float *reused, uint32_t n_vocab, bool *agrees);
 void reference_deinit(reference *kept);
 KVL_MUST_USE kvl_status reference_begin(reference *kept, const run *r, kvl_error *error);
 void reference_add(reference *kept, uint32_t n_vocab, const float *logits);

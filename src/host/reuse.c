@@ -157,6 +157,7 @@ kvl_status run_fill(run *r, bool with_anchors, kvl_error *error)
     }
     uint32_t n = list_computed(r);
     if (with_anchors) KVL_TRY(run_select(r, &n, error));
+    r->n_filled = n;
     const int64_t start = kvl_clock_now(r->host->clock);
     KVL_TRY(kvl_session_compute(r->session, r->positions, n, 1, r->host->logits, error));
     const int64_t took = kvl_clock_now(r->host->clock) - start;

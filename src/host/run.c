@@ -29,9 +29,16 @@ static bool anchors_may_cover(const run *r)
 
 static bool keep_reference(void *context, uint32_t token, const float *logits)
 {
-    kvl_host *host = context;
+    kvl_host *host = ((run *)context)->host;
     (void)token;
     reference_add(&host->reference, host->engine->shape->n_vocab, logits);
+    return false;
+}
+
+static bool watch(void *context, uint32_t token, const float *logits)
+{
+    (void)token;
+    run_watch(context, logits);
     return false;
 }
 
@@ -41,8 +48,8 @@ static kvl_status decode(run *r, bool is_full, kvl_error *error)
     const kvl_decode_options options = {
         .max_tokens = r->task->max_tokens,
         .keep_last = !is_full,
-        .drawn = is_full ? keep_reference : NULL,
-        .context = host,
+        .drawn = is_full ? keep_reference : watch,
+        .context = r,
     };
     r->first_token_ns = kvl_clock_now(host->clock);
     KVL_TRY(kvl_decode(r->session, host->engine, &options, host->logits, &r->n_answer, &r->ended,
@@ -123,15 +130,12 @@ kvl_status run_copy_sent(const run *r, kvl_sent_answer *sent, kvl_error *error)
     return KVL_OK;
 }
 
-/* Before a comparison takes the answer out of the session. */
-static kvl_status heal_later(run *r, kvl_error *error)
+/* The answer as it was decoded, for whoever looks at it again. */
+static kvl_status keep_sent(run *r, kvl_error *error)
 {
-    if (r->task->quality != KVLOOM__V1__QUALITY__QUALITY_HEALED || r->is_exact) return KVL_OK;
-    kvl_sent_answer sent = {0};
-    KVL_TRY(run_copy_sent(r, &sent, error));
-    heal_add(r->host, &sent, &r->answer_home);
-    r->is_healing = true;
-    return KVL_OK;
+    const bool heals = r->task->quality == KVLOOM__V1__QUALITY__QUALITY_HEALED;
+    if (r->is_exact || (!heals && !r->task->gate && r->sent_logits == NULL)) return KVL_OK;
+    return run_copy_sent(r, &r->sent, error);
 }
 
 static void count_wrong_tokens(run *r)
@@ -303,6 +307,11 @@ static kvl_status fill_reply(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
     reply->verified = r->is_verified || r->is_exact;
     reply->exact = r->is_exact;
     reply->healing = r->is_healing;
+    reply->gated = r->is_gated;
+    reply->gate_score = r->gate_score;
+    reply->gate_bar = r->gate_bar;
+    reply->healed_first = r->is_healed_first;
+    reply->gate_ms = kvl_ns_to_ms(r->gate_ns);
     reply->ended = r->ended;
     reply->wrong_tokens = r->n_wrong;
     KVL_TRY(copy_parts(r, reply, error));
@@ -323,17 +332,20 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
     if (early) KVL_TRY(run_resolve(r, false, error));
     KVL_TRY(run_plan(r, error));
     KVL_TRY(run_fill(r, true, error));
+    run_begin_audit(r);
     KVL_TRY(decode(r, false, error));
+    KVL_TRY(keep_sent(r, error));
     /* From here on nothing is in the time to first token, nor in the answer's. What was spent on
      * the way to it is kept, and the answer copied before the comparison overwrites it. */
     const int64_t spent[] = {r->fetch_ns, r->correct_ns, r->place_ns, r->select_ns, r->compute_ns};
     const uint32_t n_recomputed = r->n_recomputed;
+    KVL_TRY(run_gate(r, error));
     if (r->task->quality == KVLOOM__V1__QUALITY__QUALITY_VERIFIED && !r->is_exact)
         KVL_TRY(run_verify(r, error));
     KVL_TRY(keep_exact_prefix(r, error));
     KVL_TRY(publish_answer(r, error));
     KVL_TRY(copy_answer(r, reply, error));
-    KVL_TRY(heal_later(r, error));
+    run_check_later(r);
     if (r->task->evaluate) KVL_TRY(evaluate(r, error));
     /* A text that nobody has read yet is computed where it stands, which is exact and takes no
      * longer than computing it behind the header; the latter is done now, for those who read it

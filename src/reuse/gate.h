@@ -37,10 +37,10 @@ float kvl_gate_score(bool agrees, float lowest_probability);
 /* An answer of that score was checked. */
 void kvl_gate_learn(kvl_gate *gate, const kvl_gate_options *options, float score, bool was_right);
 
-/* The lowest bar, at a score that was right before, above which enough outcomes were right: of n outcomes with w wrong ones,
- * (w + 1) / (n + 2) (Laplace's rule) is what may be wrong of the next. Where no bar has that, the
- * first one while it is not refuted, and KVL_GATE_SHUT when it is. One wrong outcome more never
- * lowers it, where nothing is forgotten. */
+/* The lowest bar, at a score that was right before, above which enough outcomes were right: of n
+ * outcomes with w wrong ones, (w + 1) / (n + 2) (Laplace's rule) is what may be wrong of the next.
+ * Where no bar has that, the first one while it is not refuted, and KVL_GATE_SHUT when it is. One
+ * wrong outcome more never lowers it, where nothing is forgotten. */
 float kvl_gate_bar(const kvl_gate *gate, const kvl_gate_options *options);
 
 bool kvl_gate_passes(float score, float bar);

@@ -227,9 +227,9 @@ static void test_the_queue_drops_the_oldest_and_says_so(void **state)
     kvl_digest homes[KVL_HEALS_MAX + TOO_MANY];
     for (uint32_t i = 0; i < KVL_HEALS_MAX + TOO_MANY; i++) {
         memset(homes[i].bytes, (int)i + 1, sizeof homes[i].bytes);
-        kvl_sent_answer sent = random_answer(f, 10, 5);
-        heal_add(host, &sent, &homes[i]);
-        assert_null(sent.tokens);
+        heal_request asked = {.sent = random_answer(f, 10, 5), .home = homes[i], .swaps = true};
+        heal_add(host, &asked);
+        assert_null(asked.sent.tokens);
         assert_int_equal(told(host, &homes[i]).state, KVLOOM__V1__HEAL_STATE__HEAL_WAITING);
     }
     assert_int_equal(host->heals.n, KVL_HEALS_MAX);
@@ -240,11 +240,11 @@ static void test_the_queue_drops_the_oldest_and_says_so(void **state)
     const kvl_digest unknown = {{0}};
     assert_int_equal(told(host, &unknown).state, KVLOOM__V1__HEAL_STATE__HEAL_UNKNOWN);
     /* Without memory for a job the answer is dropped too, and nothing leaks. */
-    kvl_sent_answer sent = random_answer(f, 10, 5);
+    heal_request asked = {.sent = random_answer(f, 10, 5), .swaps = true};
     kvl_alloc_fail_after(0);
-    heal_add(host, &sent, &unknown);
+    heal_add(host, &asked);
     kvl_alloc_fail_after(-1);
-    assert_null(sent.tokens);
+    assert_null(asked.sent.tokens);
     assert_int_equal(host->heals.n_dropped, TOO_MANY + 1);
     assert_int_equal(host->heals.n, KVL_HEALS_MAX);
     heal_deinit(host);

@@ -31,6 +31,7 @@ typedef struct fixture {
     kvl_host *hosts[N_HOSTS];
     pthread_t threads[N_HOSTS];
     kvl_exchange *client;
+    double audit_share;
 } fixture;
 
 static const char *const names[N_HOSTS] = {"one", "two"};
@@ -55,6 +56,7 @@ static void start_host(fixture *f, int h)
     options.memory_bytes_max = 64 << 20;
     options.engine = (kvl_engine_options){.model_path = f->model, .n_threads = 1, .n_pages = 128};
     options.anchors.distance_max = 1000.0F; /* random weights: nothing is near anything */
+    options.audit_share = f->audit_share;
     memset(options.tenant_key, 42, sizeof options.tenant_key);
     kvl_error error = {0};
     if (kvl_host_create(&options, &f->hosts[h], &error) != KVL_OK) fail_msg("%s", error.text);
@@ -124,6 +126,7 @@ typedef struct asked {
     Kvloom__V1__Quality quality;
     const char *select; /* NULL: a prompt of a workflow, with anchors */
     uint32_t wait_healed_ms;
+    bool gate;
 } asked;
 
 static kvl_status call(fixture *f, int h, const Kvloom__V1__HostTask *task,
@@ -180,6 +183,7 @@ static Kvloom__V1__HostReply *run(fixture *f, int h, const asked *what)
     task.quality = what->quality;
     task.max_tokens = ANSWER;
     task.wait_healed_ms = what->wait_healed_ms;
+    task.gate = what->gate;
     task.evaluate = what->mode == KVLOOM__V1__MODE__MODE_REUSE;
     task.place_only = task.evaluate;
     Kvloom__V1__HostTask message = KVLOOM__V1__HOST_TASK__INIT;
@@ -197,7 +201,7 @@ static Kvloom__V1__HostReply *run_both(fixture *f, int h, const char *question,
                                        const Kvloom__V1__RunReply *answer,
                                        Kvloom__V1__Quality quality)
 {
-    asked what = {question, answer, KVLOOM__V1__MODE__MODE_FULL, quality, NULL, 0};
+    asked what = {question, answer, KVLOOM__V1__MODE__MODE_FULL, quality, NULL, 0, false};
     Kvloom__V1__HostReply *full = run(f, h, &what);
     what.mode = KVLOOM__V1__MODE__MODE_REUSE;
     Kvloom__V1__HostReply *reuse = run(f, h, &what);
@@ -325,7 +329,7 @@ static void test_a_lost_segment_is_computed(void **state)
 static Kvloom__V1__HostReply *blended(fixture *f, const char *question, const char *select,
                                       Kvloom__V1__Quality quality)
 {
-    asked what = {question, NULL, KVLOOM__V1__MODE__MODE_REUSE, quality, select, 0};
+    asked what = {question, NULL, KVLOOM__V1__MODE__MODE_REUSE, quality, select, 0, false};
     what.mode = KVLOOM__V1__MODE__MODE_FULL;
     kvloom__v1__host_reply__free_unpacked(run(f, 0, &what), NULL);
     what.mode = KVLOOM__V1__MODE__MODE_REUSE;
@@ -557,6 +561,148 @@ static void test_unhealed_answers_are_told_from_healed_ones(void **state)
     free_twice(&got);
 }
 
+/* With random weights no two caches agree often, and no answer is sure: what the gate does not let
+ * pass is full prefill's answer, and what it lets pass says so. */
+static void test_the_gate_heals_what_it_does_not_trust(void **state)
+{
+    fixture *f = *state;
+    uint32_t n_first = 0;
+    for (int i = 0; i < 8; i++) {
+        char question[96];
+        (void)snprintf(question, sizeof question,
+                       "Question %d of many, each of them with another number: %d", i, i * 7919);
+        asked what = {.question = question, .select = "none"};
+        what.mode = KVLOOM__V1__MODE__MODE_FULL;
+        kvloom__v1__host_reply__free_unpacked(run(f, 0, &what), NULL);
+        what.mode = KVLOOM__V1__MODE__MODE_REUSE;
+        what.gate = true;
+        Kvloom__V1__HostReply *first = run(f, 0, &what);
+        assert_false(first->run->gated); /* it was computed: there is nothing to doubt */
+        what.answer = first->run;
+        what.mode = KVLOOM__V1__MODE__MODE_FULL;
+        Kvloom__V1__HostReply *full = run(f, 1, &what);
+        what.mode = KVLOOM__V1__MODE__MODE_REUSE;
+        Kvloom__V1__HostReply *reply = run(f, 1, &what);
+        assert_true(reply->run->gated);
+        assert_true(reply->run->gate_bar > 0.0F);
+        const bool passes = reply->run->gate_score >= reply->run->gate_bar;
+        assert_int_equal(reply->run->healed_first, !passes);
+        assert_int_equal(reply->run->verified, reply->run->healed_first);
+        if (reply->run->healed_first) {
+            assert_int_equal(parting(reply->run, full->run), full->run->n_tokens);
+            assert_int_equal(reply->run->n_tokens, full->run->n_tokens);
+            assert_int_equal(reply->run->wrong_tokens, 0);
+            n_first++;
+        }
+        kvloom__v1__host_reply__free_unpacked(first, NULL);
+        kvloom__v1__host_reply__free_unpacked(full, NULL);
+        kvloom__v1__host_reply__free_unpacked(reply, NULL);
+    }
+    assert_true(n_first > 0);
+}
+
+/* Everything computed again: the second cache is the first, and a chance to see agreement. */
+static void test_caches_that_are_the_same_agree(void **state)
+{
+    fixture *f = *state;
+    asked what = {.question = questions[0], .select = "all", .gate = true};
+    what.mode = KVLOOM__V1__MODE__MODE_FULL;
+    kvloom__v1__host_reply__free_unpacked(run(f, 0, &what), NULL);
+    what.mode = KVLOOM__V1__MODE__MODE_REUSE;
+    Kvloom__V1__HostReply *first = run(f, 0, &what);
+    what.answer = first->run;
+    what.mode = KVLOOM__V1__MODE__MODE_FULL;
+    kvloom__v1__host_reply__free_unpacked(run(f, 1, &what), NULL);
+    what.mode = KVLOOM__V1__MODE__MODE_REUSE;
+    Kvloom__V1__HostReply *reply = run(f, 1, &what);
+    assert_true(reply->run->gated);
+    assert_true(reply->run->gate_score > 0.0F);
+    assert_true(reply->run->gate_score < 1.0F);
+    kvloom__v1__host_reply__free_unpacked(first, NULL);
+    kvloom__v1__host_reply__free_unpacked(reply, NULL);
+}
+
+static int setup_audited(void **state)
+{
+    (void)setup(state);
+    fixture *f = *state;
+    f->audit_share = 1.0;
+    stop_host(f, 1);
+    wait_until(f, 1, false);
+    start_host(f, 1);
+    wait_until(f, 1, true);
+    return 0;
+}
+
+static Kvloom__V1__HostReply *status_of(fixture *f, int h)
+{
+    Kvloom__V1__HostTask message = KVLOOM__V1__HOST_TASK__INIT;
+    message.what_case = KVLOOM__V1__HOST_TASK__WHAT_STATUS;
+    message.status = true;
+    Kvloom__V1__HostReply *reply = NULL;
+    kvl_error error = {0};
+    if (call(f, h, &message, &reply, &error) != KVL_OK) fail_msg("%s", error.text);
+    assert_int_equal(reply->what_case, KVLOOM__V1__HOST_REPLY__WHAT_STATUS);
+    return reply;
+}
+
+static Kvloom__V1__HostReply *wait_for_audits(fixture *f, int h, uint64_t n)
+{
+    for (int i = 0; i < 2000; i++) {
+        Kvloom__V1__HostReply *reply = status_of(f, h);
+        if (reply->status->n_audits > 0 && reply->status->audits[0]->audited >= n) return reply;
+        kvloom__v1__host_reply__free_unpacked(reply, NULL);
+        const struct timespec pause = {0, 5000000};
+        (void)nanosleep(&pause, NULL);
+    }
+    fail_msg("no %d audits", (int)n);
+    return NULL;
+}
+
+/* What audits say of a template is what the comparison with the reference says, and survives a
+ * restart. */
+static void test_audits_measure_what_was_sent(void **state)
+{
+    fixture *f = *state;
+    enum { N = 5 };
+    double kl = 0.0;
+    double exact = 0.0;
+    for (int i = 0; i < N; i++) {
+        char question[96];
+        (void)snprintf(question, sizeof question,
+                       "Question %d of many, each of them with another number: %d", i, i * 7919);
+        read_twice got = read_answer(f, question, KVLOOM__V1__QUALITY__QUALITY_BALANCED);
+        const uint32_t at = parting(got.reuse->run, got.full->run);
+        const bool same = at == got.reuse->run->n_tokens && at == got.full->run->n_tokens;
+        exact = 0.99 * exact + (same ? 1.0 : 0.0);
+        kl += got.reuse->run->evaluation->kl / N;
+        free_twice(&got);
+    }
+    Kvloom__V1__HostReply *reply = wait_for_audits(f, 1, N);
+    assert_int_equal(reply->status->n_audits, 1);
+    const Kvloom__V1__AuditReport *audit = reply->status->audits[0];
+    assert_string_equal(audit->key, "/two");
+    assert_int_equal(audit->action, KVLOOM__V1__ACTION__ACTION_BLEND);
+    assert_int_equal(audit->audited, N);
+    assert_true(audit->kl > 0.2 * kl && audit->kl < 5.0 * kl); /* behind other tokens */
+    double weight = 0.0;
+    for (int i = 0; i < N; i++) weight = 0.99 * weight + 1.0;
+    assert_true(audit->exact_match > exact / weight - 1e-9);
+    assert_true(audit->exact_match < exact / weight + 1e-9);
+    const double kept = audit->kl;
+    kvloom__v1__host_reply__free_unpacked(reply, NULL);
+
+    stop_host(f, 1);
+    wait_until(f, 1, false);
+    start_host(f, 1);
+    wait_until(f, 1, true);
+    reply = status_of(f, 1);
+    assert_int_equal(reply->status->n_audits, 1);
+    assert_true(reply->status->audits[0]->kl > 0.999 * kept);
+    assert_true(reply->status->audits[0]->kl < 1.001 * kept);
+    kvloom__v1__host_reply__free_unpacked(reply, NULL);
+}
+
 static void test_bad_tasks_are_refused(void **state)
 {
     fixture *f = *state;
@@ -597,6 +743,10 @@ int main(void)
                                         teardown),
         cmocka_unit_test_setup_teardown(test_unhealed_answers_are_told_from_healed_ones, setup,
                                         teardown),
+        cmocka_unit_test_setup_teardown(test_the_gate_heals_what_it_does_not_trust, setup,
+                                        teardown),
+        cmocka_unit_test_setup_teardown(test_caches_that_are_the_same_agree, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_audits_measure_what_was_sent, setup_audited, teardown),
         cmocka_unit_test_setup_teardown(test_bad_tasks_are_refused, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
