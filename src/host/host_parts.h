@@ -99,8 +99,9 @@ typedef struct run {
     float gate_score, gate_bar;
     bool is_gated, is_healed_first;
     int64_t gate_ns;
-    bool is_healing; /* in the queue of those that are healed behind the answer */
-    bool is_exact;   /* only shared and computed: the answer must be that of a full prefill */
+    bool is_healing;       /* in the queue of those that are healed behind the answer */
+    double expected_error; /* of the plan, nats */
+    bool is_exact;         /* only shared and computed: the answer must be that of a full prefill */
     /* Outcome. */
     uint32_t n_answer;
     bool ended;
@@ -147,6 +148,8 @@ KVL_MUST_USE kvl_status host_publish(kvl_host *host, kvl_session *session,
 KVL_MUST_USE kvl_status run_measure_anchors(run *r, kvl_error *error);
 
 /* host/reuse.c */
+/* Moves a measured rate towards amount / ms. */
+void host_learn_rate(double *rate, double amount, double ms);
 /* What the planner believes before anything was measured here. */
 kvl_plan_rates host_first_rates(void);
 /* Chooses what to do with each part: matches anchors where KV at home was resolved. */

@@ -8,6 +8,8 @@
 
 /* A peer that does not answer within this time costs more than computing would. */
 enum { FETCH_TIMEOUT_MS = 3000 };
+/* Less is latency more than it is bandwidth. */
+enum { BYTES_THAT_TELL = 1 << 20 };
 
 static bool fits(const kvl_host *host, const run *r, const run_part *part)
 {
@@ -26,7 +28,8 @@ void run_fetch(run *r, run_part *part, const kvl_digest *id)
 {
     kvl_host *host = r->host;
     kvl_error error;
-    const int64_t deadline = kvl_clock_now(host->clock) + FETCH_TIMEOUT_MS * KVL_NS_PER_MS;
+    const int64_t start = kvl_clock_now(host->clock);
+    const int64_t deadline = start + FETCH_TIMEOUT_MS * KVL_NS_PER_MS;
     const kvl_status status = kvl_exchange_fetch(host->exchange, id, deadline, &part->container,
                                                  part->from, sizeof part->from, &error);
     if (status != KVL_OK) {
@@ -37,6 +40,9 @@ void run_fetch(run *r, run_part *part, const kvl_digest *id)
     size_t n_bytes = 0;
     (void)kvl_container_bytes(part->container, &n_bytes);
     part->fetched_bytes = n_bytes;
+    if (n_bytes >= BYTES_THAT_TELL)
+        host_learn_rate(&host->rates.fetch_bytes_per_ms, (double)n_bytes,
+                        kvl_ns_to_ms(kvl_clock_now(host->clock) - start));
     (void)host->memory->ops->put(host->memory, part->container, NULL);
 }
 

@@ -194,6 +194,7 @@ static void fill_part(const run *r, const run_part *part, Kvloom__V1__PartReport
     report->unhealed = part->is_unhealed;
     report->cost_ms = part->step.cost_ms;
     report->compute_ms = part->step.compute_ms;
+    report->error = part->step.error;
     report->n_anchors = part->match.n_anchors;
     report->distance = part->match.distance;
     const char *reason = part->step.reason == NULL ? "" : part->step.reason;
@@ -307,6 +308,7 @@ static kvl_status fill_reply(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
     reply->verified = r->is_verified || r->is_exact;
     reply->exact = r->is_exact;
     reply->healing = r->is_healing;
+    reply->expected_error = r->expected_error;
     reply->gated = r->is_gated;
     reply->gate_score = r->gate_score;
     reply->gate_bar = r->gate_bar;

@@ -127,6 +127,7 @@ typedef struct asked {
     const char *select; /* NULL: a prompt of a workflow, with anchors */
     uint32_t wait_healed_ms;
     bool gate;
+    double error_budget;
 } asked;
 
 static kvl_status call(fixture *f, int h, const Kvloom__V1__HostTask *task,
@@ -184,6 +185,7 @@ static Kvloom__V1__HostReply *run(fixture *f, int h, const asked *what)
     task.max_tokens = ANSWER;
     task.wait_healed_ms = what->wait_healed_ms;
     task.gate = what->gate;
+    task.error_budget = what->error_budget;
     task.evaluate = what->mode == KVLOOM__V1__MODE__MODE_REUSE;
     task.place_only = task.evaluate;
     Kvloom__V1__HostTask message = KVLOOM__V1__HOST_TASK__INIT;
@@ -201,7 +203,7 @@ static Kvloom__V1__HostReply *run_both(fixture *f, int h, const char *question,
                                        const Kvloom__V1__RunReply *answer,
                                        Kvloom__V1__Quality quality)
 {
-    asked what = {question, answer, KVLOOM__V1__MODE__MODE_FULL, quality, NULL, 0, false};
+    asked what = {question, answer, KVLOOM__V1__MODE__MODE_FULL, quality, NULL, 0, false, 0.0};
     Kvloom__V1__HostReply *full = run(f, h, &what);
     what.mode = KVLOOM__V1__MODE__MODE_REUSE;
     Kvloom__V1__HostReply *reuse = run(f, h, &what);
@@ -329,7 +331,7 @@ static void test_a_lost_segment_is_computed(void **state)
 static Kvloom__V1__HostReply *blended(fixture *f, const char *question, const char *select,
                                       Kvloom__V1__Quality quality)
 {
-    asked what = {question, NULL, KVLOOM__V1__MODE__MODE_REUSE, quality, select, 0, false};
+    asked what = {question, NULL, KVLOOM__V1__MODE__MODE_REUSE, quality, select, 0, false, 0.0};
     what.mode = KVLOOM__V1__MODE__MODE_FULL;
     kvloom__v1__host_reply__free_unpacked(run(f, 0, &what), NULL);
     what.mode = KVLOOM__V1__MODE__MODE_REUSE;
@@ -622,6 +624,45 @@ static void test_caches_that_are_the_same_agree(void **state)
     kvloom__v1__host_reply__free_unpacked(reply, NULL);
 }
 
+/* Host two may not be expected to be off by more than the budget: what does not fit is computed. */
+static void test_a_request_stays_within_its_error_budget(void **state)
+{
+    fixture *f = *state;
+    asked what = {.question = questions[0], .select = "none"};
+    what.mode = KVLOOM__V1__MODE__MODE_FULL;
+    kvloom__v1__host_reply__free_unpacked(run(f, 0, &what), NULL);
+    what.mode = KVLOOM__V1__MODE__MODE_REUSE;
+    Kvloom__V1__HostReply *first = run(f, 0, &what);
+    what.answer = first->run;
+    what.mode = KVLOOM__V1__MODE__MODE_PLAN;
+    Kvloom__V1__HostReply *free_of_it = run(f, 1, &what);
+    const double error = free_of_it->run->expected_error;
+    assert_true(count_blended(free_of_it) > ANSWER);
+    assert_true(error > 0.0);
+    double sum = 0.0;
+    for (size_t p = 0; p < free_of_it->run->n_parts; p++) sum += free_of_it->run->parts[p]->error;
+    assert_true(sum > 0.999999 * error && sum < 1.000001 * error);
+    kvloom__v1__host_reply__free_unpacked(free_of_it, NULL);
+
+    what.error_budget = 0.5 * error; /* room for the short answer, not for the question */
+    Kvloom__V1__HostReply *tight = run(f, 1, &what);
+    assert_true(tight->run->expected_error > 0.0);
+    assert_true(tight->run->expected_error <= 0.5 * error);
+    assert_true(count_blended(tight) > 0);
+    kvloom__v1__host_reply__free_unpacked(tight, NULL);
+
+    what.mode = KVLOOM__V1__MODE__MODE_FULL;
+    kvloom__v1__host_reply__free_unpacked(run(f, 1, &what), NULL);
+    what.mode = KVLOOM__V1__MODE__MODE_REUSE;
+    what.error_budget = 1e-9;
+    Kvloom__V1__HostReply *none = run(f, 1, &what);
+    assert_true(none->run->exact);
+    assert_true(none->run->expected_error == 0.0);
+    assert_int_equal(none->run->wrong_tokens, 0);
+    kvloom__v1__host_reply__free_unpacked(none, NULL);
+    kvloom__v1__host_reply__free_unpacked(first, NULL);
+}
+
 static int setup_audited(void **state)
 {
     (void)setup(state);
@@ -746,6 +787,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_the_gate_heals_what_it_does_not_trust, setup,
                                         teardown),
         cmocka_unit_test_setup_teardown(test_caches_that_are_the_same_agree, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_a_request_stays_within_its_error_budget, setup,
+                                        teardown),
         cmocka_unit_test_setup_teardown(test_audits_measure_what_was_sent, setup_audited, teardown),
         cmocka_unit_test_setup_teardown(test_bad_tasks_are_refused, setup, teardown),
     };
