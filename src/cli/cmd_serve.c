@@ -198,6 +198,7 @@ static kvl_status run(arguments *wanted, stopped *waited, kvl_error *error)
     if (wanted->http.address != NULL) {
         kvl_service *service =
             waited->host != NULL ? kvl_host_service(waited->host) : waited->service;
+        wanted->http.host = waited->host;
         KVL_TRY(kvl_http_start(&wanted->http, service, &http, error));
         /* A script may have asked for any free port: it reads here which it got. */
         (void)printf("listening at %s\n", kvl_http_address(http));

@@ -184,6 +184,7 @@ kvl_status kvl_host_create(const kvl_host_options *options, kvl_host **host, kvl
     kvl_host *made = kvl_alloc_zero(1, sizeof *made);
     if (made == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a host");
     made->clock = kvl_clock_system();
+    (void)pthread_mutex_init(&made->seen.lock, NULL);
     made->segment_dtype = options->segment_dtype;
     made->rates = host_first_rates();
     memcpy(made->tenant_key, options->tenant_key, sizeof made->tenant_key);
@@ -221,6 +222,7 @@ void kvl_host_destroy(kvl_host *host)
     kvl_free(host->logits);
     kvl_free(host->home_ids);
     kvl_engine_destroy(host->engine);
+    (void)pthread_mutex_destroy(&host->seen.lock);
     kvl_free(host);
 }
 
@@ -343,10 +345,18 @@ static void do_task(kvl_host *host, const waiting_task *task)
     default:
         status = KVL_FAIL(&error, KVL_ERR_MALFORMED, "this task is not one that this host knows");
     }
+    host_show(host); /* before the reply, so that who has it sees what came of it */
     reply(host, task->id, status, &error, &answer);
     host_reply_deinit(&ran);
     quality_free_status(&state);
     if (asked != NULL) kvloom__v1__host_task__free_unpacked(asked, NULL);
+}
+
+static bool heal_when_idle(kvl_host *host)
+{
+    const bool has_more = heal_step(host);
+    host_show(host);
+    return has_more;
 }
 
 /* Heals where there is nothing else to do; true while some of that is left. */
@@ -355,7 +365,7 @@ static bool do_waiting_tasks(void *context, bool is_idle)
     kvl_host *host = context;
     while (!host->stopping) {
         waiting_task *task = kvl_queue_try_pop(host->tasks);
-        if (task == NULL) return is_idle && heal_step(host);
+        if (task == NULL) return is_idle && heal_when_idle(host);
         do_task(host, task);
         kvl_free(task);
     }
@@ -379,7 +389,7 @@ void kvl_host_run(kvl_host *host)
         waiting_task *task = heals ? kvl_queue_try_pop(host->tasks) : kvl_queue_pop(host->tasks);
         if (task == NULL && !heals) return;
         if (task == NULL) {
-            heals = heal_step(host) && !atomic_load(&host->is_closed);
+            heals = heal_when_idle(host) && !atomic_load(&host->is_closed);
             continue;
         }
         do_task(host, task);

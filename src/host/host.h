@@ -45,6 +45,10 @@ void kvl_host_destroy(kvl_host *host);
 /* NULL where the options asked for none. */
 kvl_service *kvl_host_service(kvl_host *host);
 
+/* What this host has healed, gated and audited, as Prometheus text 0.0.4. Any thread.
+ * Owns     the text: ended with kvl_free; NULL without memory */
+char *kvl_host_metrics_text(kvl_host *host);
+
 /* Does tasks until a client's stop task or kvl_host_stop. */
 void kvl_host_run(kvl_host *host);
 /* Ends kvl_host_run after the task that runs. Any thread. */

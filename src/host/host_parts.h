@@ -12,6 +12,8 @@
 #include "reuse/planner.h"
 #include "reuse/select.h"
 
+#include <pthread.h>
+
 #define KVL_PARTS_MAX 64u
 #define KVL_SLOT_NAME_MAX 32u
 
@@ -30,6 +32,15 @@ typedef struct reference {
     float *logits; /* [n_positions][n_vocab]: before each token, and after the last one */
     uint32_t n_positions, n_positions_max;
 } reference;
+
+/* What other threads may look at: a copy, filled by the engine thread. */
+typedef struct host_seen {
+    pthread_mutex_t lock;
+    uint64_t n_waiting, n_healed, n_dropped, n_failed, n_tokens, n_differed;
+    uint64_t n_gated, n_healed_first, n_audits, n_audits_skipped;
+    uint32_t n_rows;
+    quality_row rows[QUALITY_KEYS_MAX * KVL_ACTIONS];
+} host_seen;
 
 struct kvl_host {
     kvl_engine *engine;
@@ -54,6 +65,7 @@ struct kvl_host {
     kvl_plan_rates rates; /* measured on this host, refreshed by every run */
     heal_queue heals;
     quality_book quality;
+    host_seen seen;
     bool stopping;
     _Atomic bool is_closed; /* kvl_host_stop: what waits is not healed any more */
 };
@@ -179,6 +191,9 @@ KVL_MUST_USE kvl_status run_copy_sent(const run *r, kvl_sent_answer *sent, kvl_e
 /* host/gate.c: where the task asks for it, a second cache with more recompute is asked for the same
  * answer; if the two do not agree, or are not sure enough, the run is verified. */
 KVL_MUST_USE kvl_status run_gate(run *r, kvl_error *error);
+
+/* host/host_metrics.c: other threads see what is known now. */
+void host_show(kvl_host *host);
 
 /* host/host.c */
 void host_save_quality(const kvl_host *host);

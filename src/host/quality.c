@@ -215,22 +215,46 @@ float quality_bar(const quality_book *book, const quality_entry *entry)
     return kvl_gate_bar(&entry->gate, &book->gate);
 }
 
-static kvl_status add_audit(const quality_book *book, const quality_entry *entry, uint32_t action,
-                            Kvloom__V1__StatusReply *status, kvl_error *error)
+static quality_row row_of(const quality_book *book, const quality_entry *entry, uint32_t action)
 {
     const audit_sums *sums = &entry->audits[action];
-    if (sums->n_ever == 0) return KVL_OK;
+    quality_row row = {.action = action,
+                       .n_audited = sums->n_ever,
+                       .kl = sums->kl / sums->n,
+                       .top1 = sums->top1 / sums->n,
+                       .exact = sums->exact / sums->n,
+                       .bar = (double)quality_bar(book, entry)};
+    memcpy(row.name, entry->name, sizeof row.name);
+    return row;
+}
+
+uint32_t quality_rows(const quality_book *book, quality_row *rows)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < book->n; i++) {
+        for (uint32_t a = 0; a < KVL_ACTIONS; a++) {
+            if (book->entries[i].audits[a].n_ever > 0)
+                rows[n++] = row_of(book, &book->entries[i], a);
+        }
+    }
+    return n;
+}
+
+static kvl_status add_audit(const quality_row *row, Kvloom__V1__StatusReply *status,
+                            kvl_error *error)
+{
     Kvloom__V1__AuditReport *made = kvl_alloc_zero(1, sizeof *made);
     if (made == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a reply");
     kvloom__v1__audit_report__init(made);
-    made->key = (char *)(uintptr_t)entry->name;
-    made->action = (Kvloom__V1__Action)action;
-    made->audited = sums->n_ever;
-    made->kl = sums->kl / sums->n;
-    made->top1_agreement = sums->top1 / sums->n;
-    made->exact_match = sums->exact / sums->n;
-    made->gate_bar = quality_bar(book, entry);
     status->audits[status->n_audits++] = made;
+    made->key = kvl_strdup(row->name);
+    if (made->key == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a reply");
+    made->action = (Kvloom__V1__Action)row->action;
+    made->audited = row->n_audited;
+    made->kl = row->kl;
+    made->top1_agreement = row->top1;
+    made->exact_match = row->exact;
+    made->gate_bar = (float)row->bar;
     return KVL_OK;
 }
 
@@ -240,17 +264,24 @@ kvl_status quality_fill_status(const quality_book *book, Kvloom__V1__StatusReply
     status->gated = book->n_gated;
     status->healed_first = book->n_healed_first;
     status->audits_skipped = book->n_audits_skipped;
-    status->audits = kvl_alloc_zero((size_t)QUALITY_KEYS_MAX * KVL_ACTIONS, sizeof *status->audits);
-    if (status->audits == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a reply");
-    for (uint32_t i = 0; i < book->n; i++) {
-        for (uint32_t a = 0; a < KVL_ACTIONS; a++)
-            KVL_TRY(add_audit(book, &book->entries[i], a, status, error));
-    }
-    return KVL_OK;
+    const size_t n_max = (size_t)QUALITY_KEYS_MAX * KVL_ACTIONS;
+    status->audits = kvl_alloc_zero(n_max, sizeof *status->audits);
+    quality_row *rows = kvl_alloc_zero(n_max, sizeof *rows);
+    kvl_status filled = KVL_OK;
+    if (status->audits == NULL || rows == NULL)
+        filled = KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a reply");
+    const uint32_t n = filled == KVL_OK ? quality_rows(book, rows) : 0;
+    for (uint32_t i = 0; i < n && filled == KVL_OK; i++)
+        filled = add_audit(&rows[i], status, error);
+    kvl_free(rows);
+    return filled;
 }
 
 void quality_free_status(Kvloom__V1__StatusReply *status)
 {
-    for (size_t i = 0; i < status->n_audits; i++) kvl_free(status->audits[i]);
+    for (size_t i = 0; i < status->n_audits; i++) {
+        kvl_free(status->audits[i]->key);
+        kvl_free(status->audits[i]);
+    }
     kvl_free(status->audits);
 }

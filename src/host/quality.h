@@ -67,6 +67,16 @@ float quality_bar(const quality_book *book, const quality_entry *entry);
 /* Writes the file; a failure is logged. */
 void quality_save(const quality_book *book, const char *model);
 
+/* What other threads may know of the book: a copy. */
+typedef struct quality_row {
+    char name[QUALITY_NAME];
+    uint32_t action;
+    uint64_t n_audited;
+    double kl, top1, exact, bar;
+} quality_row;
+/* One row for each key and action that was audited; rows [QUALITY_KEYS_MAX * KVL_ACTIONS]. */
+uint32_t quality_rows(const quality_book *book, quality_row *rows);
+
 /* Fills n_audits and audits; freed with quality_status_free. Errors   KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status quality_fill_status(const quality_book *book,
                                             Kvloom__V1__StatusReply *status, kvl_error *error);

@@ -488,6 +488,10 @@ static void test_healed_answers_are_made_right_behind_the_reply(void **state)
         assert_int_equal(healing.differed == 0, same);
         if (!same) assert_int_equal(healing.first_differed, at);
         n_differed += !same;
+        char *metrics = kvl_host_metrics_text(f->hosts[1]);
+        assert_non_null(metrics);
+        assert_non_null(strstr(metrics, "\nkvloom_heals_waiting 0\n"));
+        kvl_free(metrics);
 
         /* Prompt and sent answer are in the prefix tree: another prompt that begins so shares them,
          * and what it is given is what a full prefill gives. */
@@ -731,6 +735,11 @@ static void test_audits_measure_what_was_sent(void **state)
     assert_true(audit->exact_match > exact / weight - 1e-9);
     assert_true(audit->exact_match < exact / weight + 1e-9);
     const double kept = audit->kl;
+    char *metrics = kvl_host_metrics_text(f->hosts[1]);
+    assert_non_null(metrics);
+    assert_non_null(strstr(metrics, "\nkvloom_audits_total 5\n"));
+    assert_non_null(strstr(metrics, "\nkvloom_audit_kl{key=\"/two\",action=\"blend\"} "));
+    kvl_free(metrics);
     kvloom__v1__host_reply__free_unpacked(reply, NULL);
 
     stop_host(f, 1);
