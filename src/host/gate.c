@@ -1,9 +1,9 @@
 /* host/gate.c: asks a second cache for the same answer, before it is sent.
  *
- * The first cache stays where it is: the tokens that question and answer look at most are computed
- * again among what is placed, more of them than before, with the question and all that was computed
- * before. What the answer would be behind that is found in one pass over it. The second cache is
- * closer to full prefill than the first, so what passes is published from it. */
+ * The first cache becomes the second: of the placed tokens, more of those that question and answer
+ * look at are computed again, among the ones that were before. What the answer would be behind that
+ * is found in one pass over it. The second cache is closer to full prefill than the first, so what
+ * passes is published from it. */
 #include "base/alloc.h"
 #include "host/decode.h"
 #include "host/host_parts.h"
@@ -24,11 +24,6 @@ static size_t list_reused(const run *r, kvl_select_run *runs)
     return n;
 }
 
-static void mark(bool *marked, const uint32_t *positions, uint32_t n)
-{
-    for (uint32_t i = 0; i < n; i++) marked[positions[i]] = true;
-}
-
 static uint32_t list_marked(const bool *marked, uint32_t past, uint32_t *positions)
 {
     uint32_t n = 0;
@@ -45,8 +40,9 @@ typedef struct scratch {
     bool *marked;
 } scratch;
 
-/* Computes the second cache's rows of the prompt but the last, which belongs to the answer's pass:
- * what was computed, of the reused tokens those that these and the answer look at. */
+/* Computes the second cache's new rows of the prompt but the last, which belongs to the answer's
+ * pass: the reused tokens that question and answer look at and that are stale yet, and all text
+ * behind them. */
 static kvl_status refill(run *r, const kvl_select_run *runs, size_t n_runs, const scratch *s,
                          kvl_error *error)
 {
@@ -59,8 +55,10 @@ static kvl_status refill(run *r, const kvl_select_run *runs, size_t n_runs, cons
     KVL_TRY(kvl_session_attention(r->session, s->positions, n_queries, behind, s->scores, error));
     uint32_t n_chosen = 0;
     KVL_TRY(kvl_select_tokens(policy, runs, n_runs, s->scores, s->chosen, &n_chosen, error));
-    mark(s->marked, s->chosen, n_chosen);
-    mark(s->marked, r->positions, r->n_filled);
+    for (uint32_t i = 0; i < n_chosen; i++) s->marked[s->chosen[i]] = true;
+    for (uint32_t i = 0; i < r->n_filled; i++) {
+        if (r->positions[i] < behind) s->marked[r->positions[i]] = false;
+    }
     const uint32_t n = list_marked(s->marked, n_prompt - 1, s->positions);
     return n == 0 ? KVL_OK : kvl_session_compute(r->session, s->positions, n, 0, NULL, error);
 }
