@@ -18,6 +18,7 @@ typedef struct kvl_command {
     int (*run)(int argc, char **argv);
 } kvl_command;
 
+int kvl_command_ask(int argc, char **argv);
 int kvl_command_batch(int argc, char **argv);
 int kvl_command_bench(int argc, char **argv);
 int kvl_command_chat(int argc, char **argv);
@@ -26,6 +27,7 @@ int kvl_command_eval(int argc, char **argv);
 int kvl_command_status(int argc, char **argv);
 int kvl_command_explain(int argc, char **argv);
 int kvl_command_generate(int argc, char **argv);
+int kvl_command_ingest(int argc, char **argv);
 int kvl_command_keygen(int argc, char **argv);
 int kvl_command_logits(int argc, char **argv);
 int kvl_command_ls(int argc, char **argv);

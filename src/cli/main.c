@@ -8,6 +8,8 @@ static const kvl_command commands[] = {
     {"serve", "run one agent host", kvl_command_serve},
     {"chat", "talk with a model in the terminal", kvl_command_chat},
     {"batch", "answer a file of requests, offline", kvl_command_batch},
+    {"ingest", "read documents into a collection, for ask", kvl_command_ingest},
+    {"ask", "answer a question from a collection", kvl_command_ask},
     {"sidecar", "keep and exchange segments for other engines", kvl_command_sidecar},
     {"ls", "what a sidecar keeps", kvl_command_ls},
     {"rm", "forget segments of a sidecar", kvl_command_rm},

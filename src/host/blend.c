@@ -74,10 +74,22 @@ static kvl_status score(run *r, const kvl_select_run *runs, size_t n_runs, uint3
     return status;
 }
 
+/* Rows before the first placed one have seen nothing approximate: the pass of the scores has left
+ * them as they are. */
+static void drop_final(run *r, uint32_t first_placed, uint32_t *n)
+{
+    uint32_t n_final = 0;
+    while (n_final < *n && r->positions[n_final] < first_placed) n_final++;
+    if (n_final == *n) return;
+    *n -= n_final;
+    memmove(r->positions, r->positions + n_final, *n * sizeof *r->positions);
+}
+
 static kvl_status choose(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t *n,
                          uint32_t *chosen, uint32_t *all, float *scores, kvl_error *error)
 {
     if (r->select->score != KVL_SELECT_NO_SCORE) KVL_TRY(score(r, runs, n_runs, *n, scores, error));
+    if (r->select->score == KVL_SELECT_QUERY_ATTENTION) drop_final(r, runs[0].first, n);
     uint32_t n_chosen = 0;
     KVL_TRY(kvl_select_tokens(r->select, runs, n_runs, scores, chosen, &n_chosen, error));
     *n = merge(r->positions, *n, chosen, n_chosen, all);

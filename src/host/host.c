@@ -49,32 +49,6 @@ static void accept_task(void *context, uint64_t id, const void *body, size_t n_b
                        0);
 }
 
-/* The canonical header is the chat template's own opening before a user's text. */
-static kvl_status find_home_ids(kvl_host *host, kvl_error *error)
-{
-    const kvl_message message = {"user", "text", 4};
-    kvl_prompt prompt = {0};
-    kvl_status status = kvl_chat_render(kvl_model_chat_template(host->engine->model),
-                                        kvl_model_tokenizer(host->engine->model), &message, 1,
-                                        false, &prompt, error);
-    if (status == KVL_OK) {
-        KVL_ASSERT(prompt.n_parts > 0 && prompt.parts[0].message < 0);
-        host->n_home_ids = prompt.parts[0].n_tokens;
-        host->home_ids = kvl_alloc_zero(host->n_home_ids, sizeof *host->home_ids);
-        if (host->home_ids == NULL) {
-            status = KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for the header");
-        } else {
-            memcpy(host->home_ids, prompt.ids, host->n_home_ids * sizeof *host->home_ids);
-        }
-    }
-    kvl_prompt_deinit(&prompt);
-    if (status != KVL_OK) return status;
-    const kvl_digest nothing = {{0}};
-    host->home = kvl_segment_id(host->tenant_key, &host->fingerprint, &nothing, host->home_ids,
-                                host->n_home_ids);
-    return KVL_OK;
-}
-
 static kvl_status open_store(kvl_host *host, const kvl_host_options *options, kvl_error *error)
 {
     kvl_tier *tiers[2] = {NULL, NULL};
@@ -146,7 +120,7 @@ static kvl_status create_parts(kvl_host *host, const kvl_host_options *options, 
     host->fingerprint = kvl_model_fingerprint(host->engine->model);
     host->logits = kvl_alloc_aligned(host->engine->shape->n_vocab * sizeof(float));
     if (host->logits == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for logits");
-    KVL_TRY(find_home_ids(host, error));
+    KVL_TRY(host_homes_init(host, error));
     KVL_TRY(open_store(host, options, error));
     char model[KVL_DIGEST_TEXT_BYTES];
     KVL_TRY(quality_init(&host->quality, options->store_path, options->audit_share,
@@ -187,6 +161,8 @@ kvl_status kvl_host_create(const kvl_host_options *options, kvl_host **host, kvl
     (void)pthread_mutex_init(&made->seen.lock, NULL);
     made->segment_dtype = options->segment_dtype;
     made->rates = host_first_rates();
+    made->stream = options->stream;
+    made->stream_context = options->stream_context;
     memcpy(made->tenant_key, options->tenant_key, sizeof made->tenant_key);
     memcpy(made->name, options->name, strlen(options->name) + 1);
     kvl_log_set_host(options->name);
@@ -220,7 +196,7 @@ void kvl_host_destroy(kvl_host *host)
     kv_buffer_deinit(&host->corrected);
     reference_deinit(&host->reference);
     kvl_free(host->logits);
-    kvl_free(host->home_ids);
+    host_homes_deinit(host);
     kvl_engine_destroy(host->engine);
     (void)pthread_mutex_destroy(&host->seen.lock);
     kvl_free(host);
@@ -268,6 +244,26 @@ void host_save_quality(const kvl_host *host)
 {
     char model[KVL_DIGEST_TEXT_BYTES];
     quality_save(&host->quality, kvl_digest_to_text(&host->fingerprint, model));
+}
+
+static kvl_status forget(kvl_host *host, const Kvloom__V1__ForgetTask *asked, uint32_t *n_forgotten,
+                         kvl_error *error)
+{
+    if (asked->n_ids > KVL_FORGET_MAX)
+        return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "%zu ids to forget, at most %u at once",
+                        asked->n_ids, KVL_FORGET_MAX);
+    *n_forgotten = 0;
+    for (size_t i = 0; i < asked->n_ids; i++) {
+        kvl_digest id;
+        if (asked->ids[i].len != KVL_DIGEST_BYTES)
+            return KVL_FAIL(error, KVL_ERR_INVALID, "id %zu has %zu bytes, must have %u", i,
+                            asked->ids[i].len, KVL_DIGEST_BYTES);
+        memcpy(id.bytes, asked->ids[i].data, sizeof id.bytes);
+        const kvl_status status = host->store->ops->remove(host->store, &id, error);
+        if (status != KVL_OK && status != KVL_ERR_NOT_FOUND) return status;
+        *n_forgotten += status == KVL_OK ? 1 : 0;
+    }
+    return KVL_OK;
 }
 
 static kvl_status fill_status(kvl_host *host, Kvloom__V1__StatusReply *status, kvl_error *error)
@@ -337,6 +333,10 @@ static void do_task(kvl_host *host, const waiting_task *task)
         answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_HEAL;
         answer.heal = &healing;
         break;
+    case KVLOOM__V1__HOST_TASK__WHAT_FORGET:
+        status = forget(host, asked->forget, &answer.forgotten, &error);
+        answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_FORGOTTEN;
+        break;
     case KVLOOM__V1__HOST_TASK__WHAT_STOP:
         host->stopping = true;
         answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_STOPPING;
@@ -371,6 +371,11 @@ static bool do_waiting_tasks(void *context, bool is_idle)
     }
     kvl_service_stop(host->service);
     return false;
+}
+
+const kvl_model *kvl_host_model(const kvl_host *host)
+{
+    return host->engine->model;
 }
 
 kvl_service *kvl_host_service(kvl_host *host)

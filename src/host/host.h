@@ -27,6 +27,11 @@ typedef struct kvl_host_options {
      * a task runs between two steps. NULL: none. */
     const kvl_scheduler_options *scheduler;
     double audit_share; /* of reused requests that are computed in full when idle; 0 .. 1 */
+    /* Called on the engine thread with the text of each token of an answer as it is drawn, may be
+     * NULL: for a program that has a host of its own. Not for full runs, nor for verified and
+     * gated ones, whose tokens are not final yet. The bytes may end inside of a character. */
+    void (*stream)(void *context, const char *bytes, size_t n_bytes);
+    void *stream_context;
     uint8_t tenant_key[KVL_TENANT_KEY_BYTES];
 } kvl_host_options;
 
@@ -41,6 +46,9 @@ typedef struct kvl_host kvl_host;
 KVL_MUST_USE kvl_status kvl_host_create(const kvl_host_options *options, kvl_host **host,
                                         kvl_error *error);
 void kvl_host_destroy(kvl_host *host);
+
+/* Borrowed until the host is destroyed; it is immutable, for any thread. */
+const kvl_model *kvl_host_model(const kvl_host *host);
 
 /* NULL where the options asked for none. */
 kvl_service *kvl_host_service(kvl_host *host);

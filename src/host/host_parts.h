@@ -16,6 +16,9 @@
 
 #define KVL_PARTS_MAX 64u
 #define KVL_SLOT_NAME_MAX 32u
+#define KVL_FORGET_MAX 1024u
+/* Primers that a host remembers: one a collection that is asked now. */
+#define KVL_PRIMERS_MAX 8u
 
 /* Float rows of KV of a run of tokens, all layers: [n_layers][n_tokens][n_kv_heads][head_dim].
  * Grown as needed and kept: first touch of fresh memory costs more than filling it. */
@@ -42,6 +45,15 @@ typedef struct host_seen {
     quality_row rows[QUALITY_KEYS_MAX * KVL_ACTIONS];
 } host_seen;
 
+/* What slots' texts are computed behind. Different homes give different ids, so that segments of
+ * several stand side by side in one store and never mix. */
+typedef struct host_home {
+    kvl_digest id; /* zero: behind nothing */
+    uint32_t *ids; /* [n_ids] */
+    uint32_t n_ids;
+    uint64_t last_use; /* of a primer */
+} host_home;
+
 struct kvl_host {
     kvl_engine *engine;
     kvl_tier *store;  /* the stack of memory and LMDB */
@@ -52,12 +64,15 @@ struct kvl_host {
     kvl_service *service; /* or NULL */
     const kvl_clock *clock;
     kvl_kv_dtype segment_dtype;
+    void (*stream)(void *context, const char *bytes, size_t n_bytes);
+    void *stream_context;
     uint8_t tenant_key[KVL_TENANT_KEY_BYTES];
     char name[KVL_SLOT_NAME_MAX];
     kvl_digest fingerprint;
-    uint32_t *home_ids; /* the canonical header that slots' texts are computed behind */
-    uint32_t n_home_ids;
-    kvl_digest home;                /* its id */
+    host_home nothing;
+    host_home header; /* the chat template's own opening */
+    host_home primers[KVL_PRIMERS_MAX];
+    uint64_t n_primer_uses;
     kv_buffer bases[KVL_PARTS_MAX]; /* of each slot of the run */
     kv_buffer corrected;
     float *logits; /* [n_vocab] */
@@ -75,7 +90,7 @@ typedef struct run_part {
     const Kvloom__V1__PromptPart *asked;
     uint32_t first, n_tokens;
     bool is_slot;
-    bool is_canonical; /* its home is the canonical header */
+    bool is_canonical; /* its home is the run's, which everybody can compute behind */
     uint32_t slot;     /* number of the slot in the template */
     kvl_digest home, id;
     kvl_container *container; /* its KV at home, once it is had; a reference */
@@ -94,6 +109,7 @@ typedef struct run {
     size_t n_ids;
     run_part parts[KVL_PARTS_MAX];
     uint32_t n_parts;
+    const host_home *home; /* of slots that bring none; the host's */
     kvl_digest template_id;
     uint64_t salt;
     kvl_session *session;
@@ -101,6 +117,7 @@ typedef struct run {
     uint32_t *positions;             /* [n_ids] scratch: what is computed */
     const kvl_select_policy *select; /* NULL: nothing is blended */
     uint32_t n_recomputed, n_corrected;
+    uint32_t n_read; /* slots computed at home */
     bool is_verified;
     /* What the gate and audits need to know of the answer; sent.tokens is NULL where none asks. */
     kvl_sent_answer sent;
@@ -118,7 +135,8 @@ typedef struct run {
     uint32_t n_answer;
     bool ended;
     int64_t start_ns, first_token_ns, end_ns;
-    int64_t fetch_ns, correct_ns, place_ns, select_ns, compute_ns, verify_ns;
+    int64_t fetch_ns, correct_ns, place_ns, select_ns, compute_ns, verify_ns, wait_ns;
+    kvl_load_times *load_times; /* NULL: nothing was loaded beside the computing */
     kvl_digest answer_home;
     kvl_digest *anchors; /* [KVL_PARTS_MAX] measured in this run */
     uint32_t n_anchors, n_wrong;
@@ -135,6 +153,17 @@ kvl_kv_view kv_buffer_view(const kv_buffer *buffer, const kvl_model_shape *shape
 /* Decodes all layers of a segment into the buffer, in parallel. */
 KVL_MUST_USE kvl_status kv_buffer_load(kv_buffer *buffer, kvl_engine *engine,
                                        const kvl_container *container, kvl_error *error);
+
+/* host/home.c */
+/* Has the header's ids. */
+KVL_MUST_USE kvl_status host_homes_init(kvl_host *host, kvl_error *error);
+void host_homes_deinit(kvl_host *host);
+/* The home that a task asks for; a new primer takes the place of the one not used for longest.
+ * Borrowed until the next task.
+ * Errors   KVL_ERR_INVALID (no such home; a primer without "primer", or the other way round),
+ *          KVL_ERR_TOO_LARGE, KVL_ERR_NOT_FOUND (an id of a primer that is not remembered) */
+KVL_MUST_USE kvl_status host_home_find(kvl_host *host, const Kvloom__V1__RunTask *task,
+                                       const host_home **home, kvl_error *error);
 
 /* host/prompt.c: parts of the task to ids; `run` keeps what it makes until run_deinit. */
 KVL_MUST_USE kvl_status run_init(run *r, kvl_host *host, const Kvloom__V1__RunTask *task,

@@ -1,5 +1,5 @@
 /* host/resolve.c: where the KV of a slot comes from: this host's store, a peer, or, for a text that
- * nobody has read yet, this host itself, behind the canonical header. */
+ * nobody has read yet, this host itself, behind the run's home. */
 #include "base/alloc.h"
 #include "base/log.h"
 #include "host/host_parts.h"
@@ -49,26 +49,32 @@ void run_fetch(run *r, run_part *part, const kvl_digest *id)
 static kvl_status compute_at_home(run *r, run_part *part, kvl_error *error)
 {
     kvl_host *host = r->host;
-    const uint32_t n = host->n_home_ids + part->n_tokens;
+    const host_home *home = r->home;
+    const uint32_t n = home->n_ids + part->n_tokens;
+    if (n > host->engine->n_positions) {
+        kvl_log(KVL_LOG_WARN, "too_long_behind_its_home", "slot=%s tokens=%u context=%u",
+                part->asked->slot, n, host->engine->n_positions);
+        return KVL_OK;
+    }
     uint32_t *ids = kvl_alloc_zero(n, sizeof *ids);
     kvl_session *session = NULL;
     if (ids == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a slot's text");
-    memcpy(ids, host->home_ids, host->n_home_ids * sizeof *ids);
-    memcpy(ids + host->n_home_ids, r->ids + part->first, part->n_tokens * sizeof *ids);
+    if (home->n_ids > 0) memcpy(ids, home->ids, home->n_ids * sizeof *ids);
+    memcpy(ids + home->n_ids, r->ids + part->first, part->n_tokens * sizeof *ids);
     uint32_t n_shared = 0;
     kvl_status status = kvl_session_create(host->engine, &session, error);
     if (status == KVL_OK)
         status = kvl_session_begin(session, ids, n, 0, true, r->salt, &n_shared, error);
     if (status == KVL_OK) status = kvl_session_compute_range(session, n_shared, n, 0, NULL, error);
-    if (status == KVL_OK)
-        status = kvl_session_keep_prefix(session, r->salt, host->n_home_ids, error);
+    if (status == KVL_OK) status = kvl_session_keep_prefix(session, r->salt, home->n_ids, error);
     if (status == KVL_OK)
         status = host_publish(host, session,
-                              &(host_publication){.first = host->n_home_ids,
+                              &(host_publication){.first = home->n_ids,
                                                   .n = part->n_tokens,
                                                   .home = part->home,
                                                   .is_canonical = true},
                               &part->container, error);
+    if (status == KVL_OK) r->n_read++;
     kvl_session_destroy(session);
     kvl_free(ids);
     return status;

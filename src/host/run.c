@@ -3,7 +3,7 @@
  * MODE_FULL prefills everything and keeps the answer's distributions as the reference. MODE_REUSE
  * resolves, plans, fills, decodes and publishes; then, outside the time to first token, compares
  * with the reference and measures anchors where none covered a slot. MODE_PLAN stops before the
- * work begins. */
+ * work begins. MODE_READ has slots' KV at home and nothing else. */
 #include "base/alloc.h"
 #include "base/log.h"
 #include "host/decode.h"
@@ -35,10 +35,28 @@ static bool keep_reference(void *context, uint32_t token, const float *logits)
     return false;
 }
 
+/* Tokens of an answer that may still be corrected are not told before that. */
+static bool streams(const run *r)
+{
+    return r->host->stream != NULL && !r->task->gate &&
+           r->task->quality != KVLOOM__V1__QUALITY__QUALITY_VERIFIED;
+}
+
+/* Tells the program that has this host of its own. */
+static void pass_on(const kvl_host *host, uint32_t token)
+{
+    const kvl_tokenizer *tokenizer = kvl_model_tokenizer(host->engine->model);
+    if (kvl_tokenizer_is_end(tokenizer, token)) return;
+    size_t n_bytes = 0;
+    const char *bytes = kvl_token_bytes(tokenizer, token, false, &n_bytes);
+    host->stream(host->stream_context, bytes, n_bytes);
+}
+
 static bool watch(void *context, uint32_t token, const float *logits)
 {
-    (void)token;
-    run_watch(context, logits);
+    run *r = context;
+    run_watch(r, logits);
+    if (streams(r)) pass_on(r->host, token);
     return false;
 }
 
@@ -219,6 +237,15 @@ static kvl_status copy_token_bytes(const run *r, const run_part *part,
     return KVL_OK;
 }
 
+static kvl_status copy_digest(const kvl_digest *from, ProtobufCBinaryData *to, kvl_error *error)
+{
+    to->data = kvl_alloc(KVL_DIGEST_BYTES);
+    if (to->data == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a reply");
+    memcpy(to->data, from->bytes, KVL_DIGEST_BYTES);
+    to->len = KVL_DIGEST_BYTES;
+    return KVL_OK;
+}
+
 /* Copies what the reply needs: the run is gone when it is packed. */
 static kvl_status copy_parts(const run *r, Kvloom__V1__RunReply *reply, kvl_error *error)
 {
@@ -233,6 +260,8 @@ static kvl_status copy_parts(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
         if (report->from == NULL)
             return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a reply");
         KVL_TRY(copy_token_bytes(r, &r->parts[p], report, error));
+        if (r->parts[p].container != NULL)
+            KVL_TRY(copy_digest(&r->parts[p].id, &report->segment, error));
         reply->fetched_bytes += report->fetched_bytes;
     }
     return KVL_OK;
@@ -280,6 +309,23 @@ static kvl_status copy_anchors(const run *r, Kvloom__V1__RunReply *reply, kvl_er
     return KVL_OK;
 }
 
+static kvl_status copy_timeline(const run *r, Kvloom__V1__RunReply *reply, kvl_error *error)
+{
+    const uint32_t n = r->host->engine->shape->n_layers;
+    if (r->load_times == NULL) return KVL_OK;
+    reply->layer_loaded_ms = kvl_alloc_zero(n, sizeof *reply->layer_loaded_ms);
+    reply->layer_computed_ms = kvl_alloc_zero(n, sizeof *reply->layer_computed_ms);
+    if (reply->layer_loaded_ms == NULL || reply->layer_computed_ms == NULL)
+        return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a reply");
+    for (uint32_t l = 0; l < n; l++) {
+        reply->layer_loaded_ms[l] = kvl_ns_to_ms(r->load_times->loaded_ns[l]);
+        reply->layer_computed_ms[l] = kvl_ns_to_ms(r->load_times->computed_ns[l]);
+    }
+    reply->n_layer_loaded_ms = n;
+    reply->n_layer_computed_ms = n;
+    return KVL_OK;
+}
+
 static kvl_status copy_evaluation(const Kvloom__V1__Evaluation *from, Kvloom__V1__Evaluation **to,
                                   kvl_error *error)
 {
@@ -303,6 +349,7 @@ static kvl_status fill_reply(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
     reply->compute_ms = kvl_ns_to_ms(r->compute_ns);
     reply->select_ms = kvl_ns_to_ms(r->select_ns);
     reply->verify_ms = kvl_ns_to_ms(r->verify_ns);
+    reply->wait_ms = kvl_ns_to_ms(r->wait_ns);
     reply->recomputed = r->n_recomputed;
     reply->corrected = r->n_corrected;
     reply->verified = r->is_verified || r->is_exact;
@@ -314,10 +361,13 @@ static kvl_status fill_reply(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
     reply->gate_bar = r->gate_bar;
     reply->healed_first = r->is_healed_first;
     reply->gate_ms = kvl_ns_to_ms(r->gate_ns);
+    reply->read = r->n_read;
     reply->ended = r->ended;
     reply->wrong_tokens = r->n_wrong;
+    KVL_TRY(copy_digest(&r->home->id, &reply->slots_home, error));
     KVL_TRY(copy_parts(r, reply, error));
     KVL_TRY(copy_anchors(r, reply, error));
+    KVL_TRY(copy_timeline(r, reply, error));
     if (r->has_evaluation) KVL_TRY(copy_evaluation(&r->evaluation, &reply->evaluation, error));
     if (r->has_place_only) KVL_TRY(copy_evaluation(&r->place_only, &reply->place_only, error));
     return KVL_OK;
@@ -363,6 +413,15 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
     return KVL_OK;
 }
 
+/* Only what later runs will place: no session of its own, no answer. */
+static kvl_status run_read(run *r, kvl_error *error)
+{
+    KVL_TRY(run_resolve(r, true, error));
+    r->first_token_ns = r->start_ns;
+    r->end_ns = kvl_clock_now(r->host->clock);
+    return KVL_OK;
+}
+
 /* What run_reuse would do: nothing is computed, so the reply has no answer. */
 static kvl_status run_explain(run *r, kvl_error *error)
 {
@@ -380,7 +439,9 @@ kvl_status host_run_task(kvl_host *host, const Kvloom__V1__RunTask *task,
                          Kvloom__V1__RunReply *reply, kvl_error *error)
 {
     const bool is_plan = task->mode == KVLOOM__V1__MODE__MODE_PLAN;
-    if (!is_plan && (task->max_tokens == 0 || task->max_tokens > host->engine->n_positions))
+    const bool is_read = task->mode == KVLOOM__V1__MODE__MODE_READ;
+    if (!is_plan && !is_read &&
+        (task->max_tokens == 0 || task->max_tokens > host->engine->n_positions))
         return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "max_tokens is %u; it must be 1 to %u",
                         task->max_tokens, host->engine->n_positions);
     heal_make_room(host);
@@ -390,6 +451,8 @@ kvl_status host_run_task(kvl_host *host, const Kvloom__V1__RunTask *task,
     if (status == KVL_OK && task->mode == KVLOOM__V1__MODE__MODE_FULL) {
         status = run_full(r, error);
         if (status == KVL_OK) status = copy_answer(r, reply, error);
+    } else if (status == KVL_OK && is_read) {
+        status = run_read(r, error);
     } else if (status == KVL_OK) {
         status = is_plan ? run_explain(r, error) : run_reuse(r, reply, error);
     }
@@ -407,6 +470,7 @@ void host_reply_deinit(Kvloom__V1__RunReply *reply)
     for (size_t p = 0; p < reply->n_parts; p++) {
         kvl_free(reply->parts[p]->from);
         kvl_free(reply->parts[p]->token_bytes);
+        kvl_free(reply->parts[p]->segment.data);
         kvl_free(reply->parts[p]);
     }
     for (size_t i = 0; i < reply->n_anchors; i++) kvl_free(reply->anchors[i].data);
@@ -415,6 +479,9 @@ void host_reply_deinit(Kvloom__V1__RunReply *reply)
     kvl_free(reply->tokens);
     kvl_free(reply->text.data);
     kvl_free(reply->home.data);
+    kvl_free(reply->slots_home.data);
+    kvl_free(reply->layer_loaded_ms);
+    kvl_free(reply->layer_computed_ms);
     kvl_free(reply->evaluation);
     kvl_free(reply->place_only);
 }
