@@ -24,6 +24,7 @@ int kvl_command_bench(int argc, char **argv);
 int kvl_command_chat(int argc, char **argv);
 int kvl_command_demo(int argc, char **argv);
 int kvl_command_eval(int argc, char **argv);
+int kvl_command_status(int argc, char **argv);
 int kvl_command_explain(int argc, char **argv);
 int kvl_command_generate(int argc, char **argv);
 int kvl_command_ingest(int argc, char **argv);

@@ -21,6 +21,7 @@ static const kvl_command commands[] = {
     {"tokenize", "text to token ids and back", kvl_command_tokenize},
     {"logits", "logits of every token of a text, for comparison", kvl_command_logits},
     {"model", "fetch, list and describe models", kvl_command_model},
+    {"status", "what a running host has healed and learnt", kvl_command_status},
     {"explain", "how each part of a prompt would be had", kvl_command_explain},
     {"eval", "what reuse keeps of full prefill's answers", kvl_command_eval},
     {"bench", "measure: prefill, decode, attention, exchange, store", kvl_command_bench},

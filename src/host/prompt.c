@@ -143,5 +143,7 @@ void run_deinit(run *r)
     kvl_free(r->ids);
     kvl_free(r->positions);
     kvl_free(r->anchors);
+    kvl_free(r->sent.tokens);
+    kvl_free(r->sent_logits);
     kvl_free(r->load_times);
 }

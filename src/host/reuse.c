@@ -103,9 +103,14 @@ kvl_status run_plan(run *r, kvl_error *error)
     options.blend = r->select != NULL;
     options.anchors = !options.blend;
     options.all_or_nothing = !options.blend && some_slot_lacks_anchors(r);
+    quality_entry *known =
+        quality_find(&r->host->quality, r->task->workflow, r->task->template_name);
+    options.errors = known->errors;
+    if (r->task->error_budget > 0.0) options.error_budget = r->task->error_budget;
     kvl_plan_totals totals = {0};
     kvl_plan_make(&options, &r->host->rates, about, r->n_parts, steps, &totals);
     for (uint32_t p = 0; p < r->n_parts; p++) r->parts[p].step = steps[p];
+    r->expected_error = totals.error;
     r->is_exact = totals.n_placed == 0 && totals.n_offset == 0 && totals.n_blended == 0;
     r->correct_ns += kvl_clock_now(r->host->clock) - start;
     return KVL_OK;
@@ -131,7 +136,10 @@ static kvl_status reuse_part(run *r, run_part *part, bool with_anchors, kvl_erro
     };
     kvl_session_place(r->session, &placement);
     r->correct_ns += corrected - start;
-    r->place_ns += kvl_clock_now(host->clock) - corrected;
+    const int64_t placed = kvl_clock_now(host->clock) - corrected;
+    r->place_ns += placed;
+    if (placement.n >= TOKENS_THAT_TELL)
+        host_learn_rate(&host->rates.place_tokens_per_ms, placement.n, kvl_ns_to_ms(placed));
     return KVL_OK;
 }
 
@@ -155,6 +163,12 @@ static void learn_prefill(kvl_plan_rates *rates, uint32_t n, double ms)
     const double attention = rates->prefill_ms_per_square_token * (double)n * (double)n;
     const double per_token = fmax(ms - attention, 0.1 * ms) / (double)n;
     rates->prefill_ms_per_token += RATE_WEIGHT * (per_token - rates->prefill_ms_per_token);
+}
+
+void host_learn_rate(double *rate, double amount, double ms)
+{
+    if (!(ms > 0.0)) return;
+    *rate += RATE_WEIGHT * (amount / ms - *rate);
 }
 
 static kvl_status begin_loading(run *r, kvl_error *error)
@@ -192,6 +206,7 @@ kvl_status run_fill(run *r, bool with_anchors, kvl_error *error)
     KVL_TRY(place_parts(r, with_anchors, error));
     uint32_t n = list_computed(r);
     if (with_anchors) KVL_TRY(run_select(r, &n, error));
+    r->n_filled = n;
     const int64_t start = kvl_clock_now(r->host->clock);
     KVL_TRY(kvl_session_compute(r->session, r->positions, n, 1, r->host->logits, error));
     const int64_t took = kvl_clock_now(r->host->clock) - start;

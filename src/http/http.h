@@ -14,7 +14,7 @@
 #ifndef KVL_HTTP_HTTP_H
 #define KVL_HTTP_HTTP_H
 
-#include "host/service.h"
+#include "host/host.h"
 
 #define KVL_HTTP_CONNECTIONS_MAX 512u
 #define KVL_HTTP_BODY_BYTES_MAX ((size_t)16 << 20)
@@ -24,6 +24,7 @@ typedef struct kvl_http_options {
     const char *address;   /* "127.0.0.1:8080", "[::1]:8080", port 0 for a free one; "unix:/PATH" */
     const char *keys_file; /* lines "TENANT KEY"; NULL: no keys */
     const char *model_name; /* what /v1/models and answers call the model */
+    kvl_host *host;         /* whose counts /metrics has too; NULL: there is none; outlives this */
     /* PEM files of a certificate, with its chain, and of its key, which nobody else may read: TLS
      * 1.2 or 1.3 and nothing in the clear. NULL, both: plain HTTP. */
     const char *certificate_file, *certificate_key_file;

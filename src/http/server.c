@@ -301,6 +301,7 @@ kvl_status kvl_http_start(const kvl_http_options *options, kvl_service *service,
     if (made == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for an HTTP server");
     const kvl_clock *clock = kvl_clock_system();
     made->service = service;
+    made->host = options->host;
     made->listener = -1;
     made->start_s = clock->wall_ns(clock->context) / KVL_NS_PER_S;
     (void)pthread_mutex_init(&made->lock, NULL);

@@ -32,6 +32,7 @@ typedef enum kvl_http_route {
 
 struct kvl_http {
     kvl_service *service;
+    kvl_host *host; /* whose counts are shown too, or NULL */
     kvl_http_keys *keys;
     struct MHD_Daemon *daemon;
     int listener;
