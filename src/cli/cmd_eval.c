@@ -34,7 +34,7 @@ static const struct argp_option options[] = {
     {"scenarios", OPTION_SCENARIOS, "NAME,...", 0, "Only these, as the table names them", 0},
     {"save", OPTION_SAVE, "FILE", 0, "Add what was seen of every prompt to a file", 0},
     {"from", OPTION_FROM, "FILE", 0, "Run nothing: the figures of a file that --save made", 0},
-    {"quick", OPTION_QUICK, NULL, 0, "One prompt of each scenario, a few policies", 0},
+    {"quick", OPTION_QUICK, NULL, 0, "A few policies; without --prompts, one prompt each", 0},
     {"json", OPTION_JSON, NULL, 0, "Print one JSON object instead of a table", 0},
     {0},
 };
@@ -209,11 +209,15 @@ static kvl_status run_prompt(evaluation *e, uint32_t s, uint32_t index, kvl_erro
 
 static kvl_status run_all(evaluation *e, kvl_error *error)
 {
-    const uint32_t n = e->wanted->is_quick ? 1 : e->wanted->n_prompts;
+    const uint32_t n = e->wanted->n_prompts;
     for (uint32_t s = 0; eval_scenarios[s].name != NULL; s++) {
         if (!has_name(e->wanted->scenarios, eval_scenarios[s].name)) continue;
         for (uint32_t i = 0; i < n; i++) {
+            const size_t n_before = e->records.n;
             KVL_TRY(run_prompt(e, s, i, error));
+            /* At once: hours of work should outlive whatever ends them. */
+            if (e->wanted->save != NULL)
+                KVL_TRY(eval_records_save(&e->records, n_before, e->wanted->save, error));
             (void)fprintf(stderr, "\r%s: %u of %u prompts ", eval_scenarios[s].name, i + 1, n);
         }
         (void)fprintf(stderr, "\n");
@@ -227,9 +231,7 @@ static kvl_status evaluate(evaluation *e, const char *texts, kvl_error *error)
     KVL_TRY(eval_corpus_load(texts, &e->corpus, error));
     KVL_TRY(demo_workflow_load(kvl_cli_data_directory(), &e->workflow, error));
     KVL_TRY(kvl_local_host_start(&e->wanted->engine, &e->host, error));
-    KVL_TRY(run_all(e, error));
-    return e->wanted->save == NULL ? KVL_OK
-                                   : eval_records_save(&e->records, e->wanted->save, error);
+    return run_all(e, error);
 }
 
 int kvl_command_eval(int argc, char **argv)
@@ -238,8 +240,9 @@ int kvl_command_eval(int argc, char **argv)
     static const struct argp argp = {
         options,  parse, "reuse", "What reuse keeps of full prefill's answers, policy by policy.",
         children, NULL,  NULL};
-    arguments wanted = {.n_prompts = PROMPTS_DEFAULT, .seed = 1};
+    arguments wanted = {.seed = 1};
     if (argp_parse(&argp, argc, argv, 0, NULL, &wanted) != 0) return KVL_EXIT_USAGE;
+    if (wanted.n_prompts == 0) wanted.n_prompts = wanted.is_quick ? 1 : PROMPTS_DEFAULT;
     if (wanted.engine.n_positions == 0) wanted.engine.n_positions = CONTEXT_DEFAULT;
     evaluation e = {.wanted = &wanted};
     kvl_error error = {0};
@@ -252,7 +255,7 @@ int kvl_command_eval(int argc, char **argv)
         const char *model = wanted.engine.model;
         const eval_about about = {.model = model == NULL ? "smollm2-135m" : model,
                                   .texts = texts,
-                                  .n_prompts = wanted.is_quick ? 1 : wanted.n_prompts,
+                                  .n_prompts = wanted.n_prompts,
                                   .seed = wanted.seed};
         eval_print_json(&e.records, &about);
     } else if (status == KVL_OK) {

@@ -127,11 +127,11 @@ typedef struct eval_records {
 KVL_MUST_USE kvl_status eval_records_add(eval_records *records, const eval_record *record,
                                          kvl_error *error);
 void eval_records_deinit(eval_records *records);
-/* Adds the records to a file, one JSON object a line, and reads such files, whose prompts stay
- * apart: evaluations may run one beside another, or one after another.
+/* Adds the records from `first` on to a file, one JSON object a line, and reads such files, whose
+ * prompts stay apart: evaluations may run one beside another, or one after another.
  * Errors   KVL_ERR_IO; KVL_ERR_MALFORMED (names the line); KVL_ERR_NO_MEMORY */
-KVL_MUST_USE kvl_status eval_records_save(const eval_records *records, const char *path,
-                                          kvl_error *error);
+KVL_MUST_USE kvl_status eval_records_save(const eval_records *records, size_t first,
+                                          const char *path, kvl_error *error);
 KVL_MUST_USE kvl_status eval_records_load(eval_records *records, const char *path,
                                           kvl_error *error);
 

@@ -44,13 +44,14 @@ static bool write_record(FILE *file, const eval_record *record)
     return is_written;
 }
 
-kvl_status eval_records_save(const eval_records *records, const char *path, kvl_error *error)
+kvl_status eval_records_save(const eval_records *records, size_t first, const char *path,
+                             kvl_error *error)
 {
     FILE *file = fopen(path, "ae");
     if (file == NULL)
         return KVL_FAIL(error, KVL_ERR_IO, "cannot open %s: %s", path, strerror(errno));
     bool is_written = true;
-    for (size_t i = 0; i < records->n && is_written; i++)
+    for (size_t i = first; i < records->n && is_written; i++)
         is_written = write_record(file, &records->items[i]);
     if (fclose(file) == 0 && is_written) return KVL_OK;
     return KVL_FAIL(error, KVL_ERR_IO, "cannot write %s: %s", path, strerror(errno));
