@@ -23,7 +23,7 @@ static const kvl_command commands[] = {
     {"model", "fetch, list and describe models", kvl_command_model},
     {"explain", "how each part of a prompt would be had", kvl_command_explain},
     {"eval", "what reuse keeps of full prefill's answers", kvl_command_eval},
-    {"bench", "measure: prefill, decode, attention, exchange, store", kvl_command_bench},
+    {"bench", "measure: prefill, decode, attention, rag, exchange, store", kvl_command_bench},
     {"version", "print the version", kvl_command_version},
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };
