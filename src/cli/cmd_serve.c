@@ -24,6 +24,8 @@ enum {
     OPTION_HTTP,
     OPTION_API_KEYS,
     OPTION_SERVED_NAME,
+    OPTION_TLS_CERTIFICATE,
+    OPTION_TLS_KEY,
     OPTION_ANSWERS,
     OPTION_WAITING,
     OPTION_STEP_ROWS
@@ -54,6 +56,9 @@ static const struct argp_option options[] = {
      "needed only to exchange with peers",
      0},
     {"api-keys", OPTION_API_KEYS, "FILE", 0, "Lines 'TENANT KEY'; needed beyond loopback", 0},
+    {"tls-certificate", OPTION_TLS_CERTIFICATE, "FILE", 0,
+     "PEM, with its chain: HTTPS instead of HTTP; needs --tls-key", 0},
+    {"tls-key", OPTION_TLS_KEY, "FILE", 0, "PEM; only its owner may read it", 0},
     {"served-name", OPTION_SERVED_NAME, "NAME", 0, "What the API calls the model (--model)", 0},
     {"answers", OPTION_ANSWERS, "N", 0, "Answers that are computed at once (64)", 0},
     {"waiting", OPTION_WAITING, "N", 0, "Requests that may wait; more are told to come again (256)",
@@ -108,6 +113,8 @@ static error_t parse(int key, char *text, struct argp_state *state)
         return 0;
     case OPTION_HTTP: wanted->http.address = text; return 0;
     case OPTION_API_KEYS: wanted->http.keys_file = text; return 0;
+    case OPTION_TLS_CERTIFICATE: wanted->http.certificate_file = text; return 0;
+    case OPTION_TLS_KEY: wanted->http.certificate_key_file = text; return 0;
     case OPTION_SERVED_NAME: wanted->http.model_name = text; return 0;
     case OPTION_ANSWERS:
         wanted->scheduler.n_running_max = kvl_cli_number(state, "--answers", text, 1, 512);
