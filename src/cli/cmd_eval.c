@@ -11,19 +11,23 @@ enum {
     PROMPTS_MAX = 1000,
     ANSWER_TOKENS = 32,
     CONTEXT_DEFAULT = 4096,
+    PRIMER_TEXTS = 3,
+    PRIMER_TEXT_BYTES = 600,
+    PRIMER_BYTES = 2048,
     OPTION_JSON = 256,
     OPTION_QUICK,
     OPTION_SEED,
     OPTION_TEXTS,
     OPTION_SCENARIOS,
     OPTION_SAVE,
-    OPTION_FROM
+    OPTION_FROM,
+    OPTION_HOME
 };
 
 typedef struct arguments {
     kvl_cli_engine engine;
     uint32_t n_prompts, seed;
-    const char *texts, *scenarios, *save, *from;
+    const char *texts, *scenarios, *save, *from, *home;
     bool json, is_quick;
 } arguments;
 
@@ -32,6 +36,10 @@ static const struct argp_option options[] = {
     {"seed", OPTION_SEED, "N", 0, "Other prompts: tune on some, report others (1)", 0},
     {"texts", OPTION_TEXTS, "DIR", 0, "Directory of *.txt to make prompts from", 0},
     {"scenarios", OPTION_SCENARIOS, "NAME,...", 0, "Only these, as the table names them", 0},
+    {"home", OPTION_HOME, "HOME", 0,
+     "What texts are read behind: header, nothing, or primer, which is header and three of the "
+     "texts (header)",
+     0},
     {"save", OPTION_SAVE, "FILE", 0, "Add what was seen of every prompt to a file", 0},
     {"from", OPTION_FROM, "FILE", 0, "Run nothing: the figures of a file that --save made", 0},
     {"quick", OPTION_QUICK, NULL, 0, "A few policies; without --prompts, one prompt each", 0},
@@ -78,6 +86,12 @@ static error_t parse(int key, char *text, struct argp_state *state)
         return 0;
     case OPTION_SEED: wanted->seed = kvl_cli_number(state, "--seed", text, 1, 1 << 30); return 0;
     case OPTION_TEXTS: wanted->texts = text; return 0;
+    case OPTION_HOME:
+        if (strcmp(text, "header") != 0 && strcmp(text, "nothing") != 0 &&
+            strcmp(text, "primer") != 0)
+            argp_error(state, "--home is '%s'; it must be header, nothing or primer", text);
+        wanted->home = text;
+        return 0;
     case OPTION_SAVE: wanted->save = text; return 0;
     case OPTION_FROM: wanted->from = text; return 0;
     case OPTION_SCENARIOS:
@@ -101,7 +115,30 @@ typedef struct evaluation {
     kvl_local_host *host;
     eval_records records;
     uint32_t n_prompts; /* so far */
+    char primer[PRIMER_BYTES];
 } evaluation;
+
+/* Three short texts, which no prompt of a large corpus has: the last of it. */
+static void make_primer(evaluation *e)
+{
+    size_t n = 0, n_texts = 0;
+    for (size_t i = e->corpus.n; i-- > 0 && n_texts < PRIMER_TEXTS;) {
+        const char *text = e->corpus.paragraphs[i];
+        const size_t n_text = strlen(text);
+        if (n_text > PRIMER_TEXT_BYTES) continue;
+        n += (size_t)snprintf(e->primer + n, sizeof e->primer - n, "%s\n\n", text);
+        n_texts++;
+    }
+}
+
+static void set_home(const evaluation *e, Kvloom__V1__RunTask *run)
+{
+    if (e->wanted->home == NULL) return;
+    run->home = (char *)(uintptr_t)e->wanted->home;
+    if (strcmp(run->home, "primer") != 0) return;
+    run->primer =
+        (ProtobufCBinaryData){strlen(e->primer), (uint8_t *)(uintptr_t)(const void *)e->primer};
+}
 
 static kvl_status ask(evaluation *e, const eval_prompt *prompt, Kvloom__V1__Mode mode,
                       const eval_policy *by, Kvloom__V1__RunReply **reply, kvl_error *error)
@@ -113,6 +150,7 @@ static kvl_status ask(evaluation *e, const eval_prompt *prompt, Kvloom__V1__Mode
     made.run.quality = by->quality;
     made.run.select = (char *)(uintptr_t)by->select;
     made.run.evaluate = mode == KVLOOM__V1__MODE__MODE_REUSE;
+    set_home(e, &made.run);
     return kvl_local_host_run(e->host, &made.run, reply, error);
 }
 
@@ -125,9 +163,8 @@ static kvl_status read_slots(evaluation *e, const eval_prompt *prompt, kvl_error
         eval_prompt alone = {.n_pieces = 2, .pieces = {prompt->pieces[i], {.text = ending}}};
         eval_task made;
         eval_task_make(&alone, &made);
-        made.run.mode = KVLOOM__V1__MODE__MODE_REUSE;
-        made.run.max_tokens = 1;
-        made.run.select = (char *)(uintptr_t) "none";
+        made.run.mode = KVLOOM__V1__MODE__MODE_READ;
+        set_home(e, &made.run);
         Kvloom__V1__RunReply *reply = NULL;
         KVL_TRY(kvl_local_host_run(e->host, &made.run, &reply, error));
         kvloom__v1__run_reply__free_unpacked(reply, NULL);
@@ -229,6 +266,7 @@ static kvl_status evaluate(evaluation *e, const char *texts, kvl_error *error)
 {
     if (e->wanted->from != NULL) return eval_records_load(&e->records, e->wanted->from, error);
     KVL_TRY(eval_corpus_load(texts, &e->corpus, error));
+    make_primer(e);
     KVL_TRY(demo_workflow_load(kvl_cli_data_directory(), &e->workflow, error));
     KVL_TRY(kvl_local_host_start(&e->wanted->engine, &e->host, error));
     return run_all(e, error);
