@@ -69,8 +69,8 @@ static void check_scenarios(const char *list, struct argp_state *state)
         while (eval_scenarios[s].name != NULL && strcmp(eval_scenarios[s].name, name) != 0) s++;
         if (eval_scenarios[s].name == NULL)
             argp_error(state,
-                       "--scenarios has '%s'; there are needle3, needle6, needle12, cut6, read6, "
-                       "open6 and agents5",
+                       "--scenarios has '%s'; there are needle3, needle6, needle12, cut6, "
+                       "edited6, read6, open6 and agents5",
                        name);
     }
     kvl_free(copy);
@@ -149,6 +149,7 @@ static kvl_status ask(evaluation *e, const eval_prompt *prompt, Kvloom__V1__Mode
     made.run.max_tokens = ANSWER_TOKENS;
     made.run.quality = by->quality;
     made.run.select = (char *)(uintptr_t)by->select;
+    made.run.align = true; /* all texts are read, but for those that were edited since */
     made.run.evaluate = mode == KVLOOM__V1__MODE__MODE_REUSE;
     set_home(e, &made.run);
     return kvl_local_host_run(e->host, &made.run, reply, error);
@@ -208,37 +209,66 @@ static kvl_status keep(evaluation *e, uint32_t s, uint32_t policy, eval_record r
     return eval_records_add(&e->records, &record, error);
 }
 
-static kvl_status compare(evaluation *e, uint32_t s, const eval_prompt *prompt,
-                          const Kvloom__V1__RunReply *full, kvl_error *error)
+static kvl_status make_prompt(evaluation *e, uint32_t s, uint32_t index, uint32_t version,
+                              eval_prompt *prompt, kvl_error *error)
 {
-    KVL_TRY(keep(e, s, EVAL_POLICIES_MAX, record_of(prompt, full, full), error));
-    for (uint32_t p = 0; eval_policies[p].name != NULL; p++) {
+    const eval_scenario *scenario = &eval_scenarios[s];
+    if (scenario->kind == EVAL_AGENTS)
+        return eval_agents_make(&e->corpus, &e->workflow, e->host, e->wanted->seed, index, prompt,
+                                error);
+    return eval_prompt_make(&e->corpus, scenario, e->wanted->seed, index, version, prompt, error);
+}
+
+/* Runs a prompt in full, and keeps a record of it once. */
+static kvl_status run_full(evaluation *e, uint32_t s, const eval_prompt *prompt, bool is_first,
+                           Kvloom__V1__RunReply **full, kvl_error *error)
+{
+    KVL_TRY(ask(e, prompt, KVLOOM__V1__MODE__MODE_FULL, &eval_policies[0], full, error));
+    if (!is_first) return KVL_OK;
+    return keep(e, s, EVAL_POLICIES_MAX, record_of(prompt, *full, *full), error);
+}
+
+static kvl_status run_policy(evaluation *e, uint32_t s, uint32_t policy, const eval_prompt *prompt,
+                             const Kvloom__V1__RunReply *full, kvl_error *error)
+{
+    Kvloom__V1__RunReply *reply = NULL;
+    KVL_TRY(ask(e, prompt, KVLOOM__V1__MODE__MODE_REUSE, &eval_policies[policy], &reply, error));
+    const eval_record record = record_of(prompt, full, reply);
+    kvloom__v1__run_reply__free_unpacked(reply, NULL);
+    return keep(e, s, policy, record, error);
+}
+
+/* An edited text is read behind its first answer: every policy gets an edit of its own. */
+static kvl_status compare(evaluation *e, uint32_t s, uint32_t index, eval_prompt *prompt,
+                          kvl_error *error)
+{
+    const bool is_edited = eval_scenarios[s].kind == EVAL_EDITED;
+    Kvloom__V1__RunReply *full = NULL;
+    kvl_status status = KVL_OK;
+    for (uint32_t p = 0; eval_policies[p].name != NULL && status == KVL_OK; p++) {
         if (e->wanted->is_quick && !eval_policies[p].is_quick) continue;
-        Kvloom__V1__RunReply *reply = NULL;
-        KVL_TRY(ask(e, prompt, KVLOOM__V1__MODE__MODE_REUSE, &eval_policies[p], &reply, error));
-        const eval_record record = record_of(prompt, full, reply);
-        kvloom__v1__run_reply__free_unpacked(reply, NULL);
-        KVL_TRY(keep(e, s, p, record, error));
+        const bool is_first = full == NULL;
+        if (is_edited) {
+            eval_prompt_deinit(prompt);
+            status = make_prompt(e, s, index, p + 1, prompt, error);
+        }
+        if (status == KVL_OK && (is_first || is_edited)) {
+            if (full != NULL) kvloom__v1__run_reply__free_unpacked(full, NULL);
+            full = NULL;
+            status = run_full(e, s, prompt, is_first, &full, error);
+        }
+        if (status == KVL_OK) status = run_policy(e, s, p, prompt, full, error);
     }
-    return KVL_OK;
+    if (full != NULL) kvloom__v1__run_reply__free_unpacked(full, NULL);
+    return status;
 }
 
 static kvl_status run_prompt(evaluation *e, uint32_t s, uint32_t index, kvl_error *error)
 {
     eval_prompt prompt;
-    const eval_scenario *scenario = &eval_scenarios[s];
-    kvl_status status =
-        scenario->kind == EVAL_AGENTS
-            ? eval_agents_make(&e->corpus, &e->workflow, e->host, e->wanted->seed, index, &prompt,
-                               error)
-            : eval_prompt_make(&e->corpus, scenario, e->wanted->seed, index, &prompt, error);
-    if (status != KVL_OK) return status;
-    Kvloom__V1__RunReply *full = NULL;
-    status = read_slots(e, &prompt, error);
-    if (status == KVL_OK)
-        status = ask(e, &prompt, KVLOOM__V1__MODE__MODE_FULL, &eval_policies[0], &full, error);
-    if (status == KVL_OK) status = compare(e, s, &prompt, full, error);
-    if (full != NULL) kvloom__v1__run_reply__free_unpacked(full, NULL);
+    KVL_TRY(make_prompt(e, s, index, 0, &prompt, error));
+    kvl_status status = read_slots(e, &prompt, error);
+    if (status == KVL_OK) status = compare(e, s, index, &prompt, error);
     eval_prompt_deinit(&prompt);
     e->n_prompts++;
     return status;

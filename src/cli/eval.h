@@ -36,6 +36,7 @@ void eval_corpus_deinit(eval_corpus *corpus);
 typedef enum eval_kind {
     EVAL_NEEDLE, /* one chunk states the fact that is asked for; every other states another one */
     EVAL_CUT,    /* the fact is cut between two chunks that stand side by side */
+    EVAL_EDITED, /* as NEEDLE, but the chunk with the fact was read with another number in it */
     EVAL_READ,   /* nothing is planted: a word of one of the texts is asked for */
     EVAL_OPEN,   /* a question that no single place answers */
     EVAL_AGENTS, /* the last of five agents, which reads a document and four answers */
@@ -68,10 +69,11 @@ KVL_MUST_USE bool eval_prompt_add(eval_prompt *prompt, bool is_slot, char *text)
 
 /* Prompt `index` of a scenario of chunks: the same for the same seed. Chunks come from pools of
  * EVAL_POOL that some prompts share, so that they are hot, as retrieved chunks are.
+ * version  EDITED: each has another number, and the first token of the prompt is another one
  * Errors   KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status eval_prompt_make(const eval_corpus *corpus, const eval_scenario *scenario,
-                                         uint64_t seed, uint32_t index, eval_prompt *prompt,
-                                         kvl_error *error);
+                                         uint64_t seed, uint32_t index, uint32_t version,
+                                         eval_prompt *prompt, kvl_error *error);
 void eval_prompt_deinit(eval_prompt *prompt);
 
 /* A word of a sentence of `text` that stands nowhere else in `others` [n_others], and the words

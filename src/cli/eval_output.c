@@ -8,7 +8,8 @@ enum {
     READ = 1U << EVAL_READ,
     OPEN = 1U << EVAL_OPEN,
     AGENTS = 1U << EVAL_AGENTS,
-    CHUNKS = FACTS | READ | OPEN,
+    EDITED = 1U << EVAL_EDITED,
+    CHUNKS = FACTS | EDITED | READ | OPEN,
     ALL = CHUNKS | AGENTS
 };
 
@@ -29,6 +30,8 @@ static const figure figures[] = {
     {"read_balanced", BALANCED, NULL, READ, offsetof(eval_record, right)},
     {"facts_full", "full", NULL, FACTS, offsetof(eval_record, right)},
     {"facts_balanced", BALANCED, NULL, FACTS, offsetof(eval_record, right)},
+    {"edited_full", "full", NULL, EDITED, offsetof(eval_record, right)},
+    {"edited_balanced", BALANCED, NULL, EDITED, offsetof(eval_record, right)},
     {"acc_pooled_balanced", BALANCED, NULL, FACTS | READ, offsetof(eval_record, right)},
     {"acc_pooled_fast", "sink8", NULL, FACTS | READ, offsetof(eval_record, right)},
     {"acc_pooled_cacheblend15", CACHEBLEND, NULL, FACTS | READ, offsetof(eval_record, right)},

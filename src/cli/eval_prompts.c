@@ -18,10 +18,9 @@ enum {
 };
 
 const eval_scenario eval_scenarios[] = {
-    {"needle3", EVAL_NEEDLE, 3},   {"needle6", EVAL_NEEDLE, 6},
-    {"needle12", EVAL_NEEDLE, 12}, {"cut6", EVAL_CUT, 6},
-    {"read6", EVAL_READ, 6},       {"open6", EVAL_OPEN, 6},
-    {"agents5", EVAL_AGENTS, 0},   {0},
+    {"needle3", EVAL_NEEDLE, 3}, {"needle6", EVAL_NEEDLE, 6}, {"needle12", EVAL_NEEDLE, 12},
+    {"cut6", EVAL_CUT, 6},       {"edited6", EVAL_EDITED, 6}, {"read6", EVAL_READ, 6},
+    {"open6", EVAL_OPEN, 6},     {"agents5", EVAL_AGENTS, 0}, {0},
 };
 
 static const char *const places[EVAL_POOL] = {
@@ -163,6 +162,7 @@ typedef struct making {
     const eval_corpus *corpus;
     const eval_scenario *scenario;
     uint64_t seed;
+    uint32_t version;
     kvl_random random;
     uint32_t picked[EVAL_CHUNKS_MAX];
     const char *paragraphs[EVAL_CHUNKS_MAX];
@@ -190,6 +190,12 @@ static void begin(making *m, uint32_t index)
     }
 }
 
+/* The fact that is asked for, as this version has it. */
+static uint32_t asked_number(const making *m)
+{
+    return number_of(m->seed + (uint64_t)m->version * 104729, m->picked[m->asked]);
+}
+
 static char *make_chunk(const making *m, uint32_t i)
 {
     const char *place = places[m->picked[i]];
@@ -206,7 +212,9 @@ static char *make_chunk(const making *m, uint32_t i)
             return join(fact, m->paragraphs[i], "");
         }
         return chunk_with_fact(m->paragraphs[i], place, number);
-    case EVAL_NEEDLE: return chunk_with_fact(m->paragraphs[i], place, number);
+    case EVAL_NEEDLE:
+    case EVAL_EDITED:
+        return chunk_with_fact(m->paragraphs[i], place, i == m->asked ? asked_number(m) : number);
     default: return join(m->paragraphs[i], "", "");
     }
 }
@@ -214,7 +222,6 @@ static char *make_chunk(const making *m, uint32_t i)
 static void ask(making *m, eval_prompt *prompt)
 {
     const char *place = places[m->picked[m->asked]];
-    const uint32_t number = number_of(m->seed, m->picked[m->asked]);
     char lead[160];
     switch (m->scenario->kind) {
     case EVAL_OPEN:
@@ -231,7 +238,7 @@ static void ask(making *m, eval_prompt *prompt)
     default:
         (void)snprintf(m->question, sizeof m->question,
                        "\n\nQuestion: What is the access code of the %s?", place);
-        (void)snprintf(prompt->needle, sizeof prompt->needle, "%u", number);
+        (void)snprintf(prompt->needle, sizeof prompt->needle, "%u", asked_number(m));
     }
 }
 
@@ -252,7 +259,7 @@ static bool assemble(making *m, eval_prompt *prompt)
     (void)snprintf(opening, sizeof opening,
                    "<|im_start|>system\nRequest %08x. Answer from the texts below, in one sentence."
                    "<|im_end|>\n<|im_start|>user\n",
-                   (unsigned)(kvl_random_next(&m->random) & 0xffffffffU));
+                   (unsigned)(kvl_random_next(&m->random) & 0xffffffffU) + m->version);
     bool is_whole = eval_prompt_add(prompt, false, kvl_strdup(opening));
     for (uint32_t i = 0; i < m->scenario->n_chunks && is_whole; i++) {
         if (i > 0) is_whole = eval_prompt_add(prompt, false, kvl_strdup("\n\n"));
@@ -265,10 +272,10 @@ static bool assemble(making *m, eval_prompt *prompt)
 }
 
 kvl_status eval_prompt_make(const eval_corpus *corpus, const eval_scenario *scenario, uint64_t seed,
-                            uint32_t index, eval_prompt *prompt, kvl_error *error)
+                            uint32_t index, uint32_t version, eval_prompt *prompt, kvl_error *error)
 {
     *prompt = (eval_prompt){.n_pieces = 0};
-    making m = {.corpus = corpus, .scenario = scenario, .seed = seed};
+    making m = {.corpus = corpus, .scenario = scenario, .seed = seed, .version = version};
     begin(&m, index);
     if (assemble(&m, prompt)) return KVL_OK;
     eval_prompt_deinit(prompt);

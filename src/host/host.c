@@ -129,6 +129,7 @@ static kvl_status create_parts(kvl_host *host, const kvl_host_options *options, 
     anchors.threads = host->engine->threads;
     KVL_TRY(kvl_anchor_pool_create(&anchors, &host->anchors, error));
     load_anchors(host);
+    KVL_TRY(kvl_align_create(KVL_DONORS_MAX, &host->donors, error));
     if (kvl_queue_create(KVL_HOST_TASKS_MAX, &host->tasks) != KVL_OK)
         return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for the task queue");
     if (options->scheduler != NULL) {
@@ -191,6 +192,7 @@ void kvl_host_destroy(kvl_host *host)
     if (host->quality.path != NULL) host_save_quality(host);
     quality_deinit(&host->quality);
     kvl_anchor_pool_destroy(host->anchors);
+    kvl_align_destroy(host->donors);
     if (host->store != NULL) host->store->ops->destroy(host->store);
     for (size_t i = 0; i < KVL_PARTS_MAX; i++) kv_buffer_deinit(&host->bases[i]);
     kv_buffer_deinit(&host->corrected);
@@ -259,6 +261,7 @@ static kvl_status forget(kvl_host *host, const Kvloom__V1__ForgetTask *asked, ui
             return KVL_FAIL(error, KVL_ERR_INVALID, "id %zu has %zu bytes, must have %u", i,
                             asked->ids[i].len, KVL_DIGEST_BYTES);
         memcpy(id.bytes, asked->ids[i].data, sizeof id.bytes);
+        kvl_align_remove(host->donors, &id);
         const kvl_status status = host->store->ops->remove(host->store, &id, error);
         if (status != KVL_OK && status != KVL_ERR_NOT_FOUND) return status;
         *n_forgotten += status == KVL_OK ? 1 : 0;

@@ -9,12 +9,15 @@
 #include "host/heal.h"
 #include "host/host.h"
 #include "host/quality.h"
+#include "reuse/align.h"
 #include "reuse/planner.h"
 #include "reuse/select.h"
 
 #include <pthread.h>
 
 #define KVL_PARTS_MAX 64u
+#define KVL_WHOLE_MAX 8u
+#define KVL_DONORS_MAX 512u
 #define KVL_SLOT_NAME_MAX 32u
 #define KVL_FORGET_MAX 1024u
 /* Primers that a host remembers: one a collection that is asked now. */
@@ -73,6 +76,7 @@ struct kvl_host {
     host_home header; /* the chat template's own opening */
     host_home primers[KVL_PRIMERS_MAX];
     uint64_t n_primer_uses;
+    kvl_align_index *donors;        /* tokens of segments at canonical homes */
     kv_buffer bases[KVL_PARTS_MAX]; /* of each slot of the run */
     kv_buffer corrected;
     float *logits; /* [n_vocab] */
@@ -94,6 +98,8 @@ typedef struct run_part {
     uint32_t slot;     /* number of the slot in the template */
     kvl_digest home, id;
     kvl_container *container; /* its KV at home, once it is had; a reference */
+    bool is_aligned;          /* the container is another text's, with these tokens in it, */
+    uint32_t container_first; /* from here on */
     bool is_missing;          /* an answer that was asked for and is not to be had */
     bool is_unhealed;         /* `container` is an answer whose own KV was approximate */
     char from[KVL_SLOT_NAME_MAX];
@@ -109,6 +115,8 @@ typedef struct run {
     size_t n_ids;
     run_part parts[KVL_PARTS_MAX];
     uint32_t n_parts;
+    run_part whole[KVL_WHOLE_MAX]; /* parts that run_align took apart, as they were */
+    uint32_t n_whole;
     const host_home *home; /* of slots that bring none; the host's */
     kvl_digest template_id;
     uint64_t salt;
@@ -175,6 +183,13 @@ void run_deinit(run *r);
  * places it. A slot whose KV cannot be had is marked and logged, no error. */
 KVL_MUST_USE kvl_status run_resolve(run *r, bool may_compute, kvl_error *error);
 
+/* host/align.c: takes parts that nobody has read apart where runs of their tokens stand in other
+ * texts: these runs become parts with the other text's KV, the rest is computed. What comes of it
+ * is as private to the run as all blended KV. Where little is found nothing changes. */
+KVL_MUST_USE kvl_status run_align(run *r, kvl_error *error);
+/* Remembers the tokens of a segment at a canonical home; without memory it is not found. */
+void host_remember_donor(kvl_host *host, const kvl_container *container);
+
 /* host/publish.c */
 typedef struct host_publication {
     uint32_t first, n; /* positions */
@@ -193,6 +208,8 @@ KVL_MUST_USE kvl_status run_measure_anchors(run *r, kvl_error *error);
 void host_learn_rate(double *rate, double amount, double ms);
 /* What the planner believes before anything was measured here. */
 kvl_plan_rates host_first_rates(void);
+/* Whether KV at home goes straight into pages while the first layers are computed. */
+bool run_loads_beside(const run *r);
 /* Chooses what to do with each part: matches anchors where KV at home was resolved. */
 KVL_MUST_USE kvl_status run_plan(run *r, kvl_error *error);
 /* Places what is reused and computes the rest; logits of the prompt's last token end in

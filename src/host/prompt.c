@@ -139,6 +139,7 @@ void run_deinit(run *r)
     /* A run that failed may still be loading out of its containers. */
     if (r->session != NULL) kvl_session_load_end(r->session, NULL);
     for (uint32_t p = 0; p < r->n_parts; p++) kvl_container_release(r->parts[p].container);
+    for (uint32_t p = 0; p < r->n_whole; p++) kvl_container_release(r->whole[p].container);
     kvl_session_destroy(r->session);
     kvl_free(r->ids);
     kvl_free(r->positions);

@@ -34,6 +34,7 @@ static void keep(kvl_host *host, kvl_container *container)
         return;
     }
     kvl_exchange_announce(host->exchange, &info->id, info->kind);
+    if (info->kind == KVL_CONTAINER_SEGMENT) host_remember_donor(host, container);
 }
 
 kvl_status host_publish(kvl_host *host, kvl_session *session, const host_publication *what,

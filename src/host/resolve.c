@@ -93,6 +93,7 @@ static kvl_status resolve_part(run *r, run_part *part, bool may_compute, kvl_err
         part->container = NULL;
         part->is_unhealed = false;
     }
+    if (part->container != NULL) host_remember_donor(host, part->container);
     if (part->container == NULL && part->is_canonical && may_compute)
         KVL_TRY(compute_at_home(r, part, error));
     /* A text that nobody has read yet is not one that went missing. */
@@ -112,6 +113,10 @@ kvl_status run_resolve(run *r, bool may_compute, kvl_error *error)
         if (!part->is_slot || part->n_tokens == 0 || is_shared) continue;
         if (part->container != NULL || part->is_missing) continue;
         KVL_TRY(resolve_part(r, part, may_compute, error));
+    }
+    for (uint32_t i = 0; may_compute && i < r->n_whole; i++) {
+        if (r->whole[i].container == NULL)
+            KVL_TRY(resolve_part(r, &r->whole[i], may_compute, error));
     }
     r->fetch_ns += kvl_clock_now(r->host->clock) - start;
     return KVL_OK;

@@ -26,7 +26,7 @@ kvl_plan_rates host_first_rates(void)
 
 /* Without anchors nobody looks at KV at home: it goes straight into pages, layer by layer, while
  * the first layers are computed. */
-static bool loads_beside(const run *r)
+bool run_loads_beside(const run *r)
 {
     return r->select != NULL && kvl_engine_loads(r->host->engine);
 }
@@ -36,7 +36,7 @@ static kvl_status match(run *r, run_part *part, kvl_error *error)
 {
     kvl_host *host = r->host;
     part->match = (kvl_anchor_match){.verdict = KVL_ANCHOR_TOO_FEW};
-    if (part->container == NULL || loads_beside(r)) return KVL_OK;
+    if (part->container == NULL || run_loads_beside(r)) return KVL_OK;
     KVL_TRY(kv_buffer_load(&host->bases[part->slot], host->engine, part->container, error));
     const kvl_kv_view base =
         kv_buffer_view(&host->bases[part->slot], host->engine->shape, part->n_tokens);
@@ -179,8 +179,9 @@ static kvl_status begin_loading(run *r, kvl_error *error)
     for (uint32_t p = 0; p < r->n_parts; p++) {
         const run_part *part = &r->parts[p];
         if (part->step.n_reused == 0) continue;
-        loads[n++] = (kvl_session_load){part->container, part->step.n_shared,
-                                        part->first + part->step.n_shared, part->step.n_reused};
+        loads[n++] =
+            (kvl_session_load){part->container, part->container_first + part->step.n_shared,
+                               part->first + part->step.n_shared, part->step.n_reused};
     }
     if (n == 0) return KVL_OK;
     r->load_times = kvl_alloc_zero(1, sizeof *r->load_times);
@@ -193,7 +194,7 @@ static kvl_status begin_loading(run *r, kvl_error *error)
 
 static kvl_status place_parts(run *r, bool with_anchors, kvl_error *error)
 {
-    if (with_anchors && loads_beside(r)) return begin_loading(r, error);
+    if (with_anchors && run_loads_beside(r)) return begin_loading(r, error);
     for (uint32_t p = 0; p < r->n_parts; p++) {
         if (r->parts[p].step.n_reused > 0)
             KVL_TRY(reuse_part(r, &r->parts[p], with_anchors, error));

@@ -216,6 +216,7 @@ static void fill_part(const run *r, const run_part *part, Kvloom__V1__PartReport
     report->n_anchors = part->match.n_anchors;
     report->distance = part->match.distance;
     const char *reason = part->step.reason == NULL ? "" : part->step.reason;
+    if (part->is_aligned) reason = "these tokens stand in another text that was read";
     if (part->is_missing) reason = "its segment was not to be had: computed";
     report->reason = (char *)(uintptr_t)reason;
 }
@@ -260,7 +261,7 @@ static kvl_status copy_parts(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
         if (report->from == NULL)
             return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a reply");
         KVL_TRY(copy_token_bytes(r, &r->parts[p], report, error));
-        if (r->parts[p].container != NULL)
+        if (r->parts[p].container != NULL && !r->parts[p].is_aligned)
             KVL_TRY(copy_digest(&r->parts[p].id, &report->segment, error));
         reply->fetched_bytes += report->fetched_bytes;
     }
@@ -382,6 +383,7 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
         may_reuse && (r->select != NULL || r->task->quality == KVLOOM__V1__QUALITY__QUALITY_FAST ||
                       anchors_may_cover(r));
     if (early) KVL_TRY(run_resolve(r, false, error));
+    if (early && r->task->align && run_loads_beside(r)) KVL_TRY(run_align(r, error));
     KVL_TRY(run_plan(r, error));
     KVL_TRY(run_fill(r, true, error));
     run_begin_audit(r);
@@ -429,6 +431,7 @@ static kvl_status run_explain(run *r, kvl_error *error)
                               &r->n_shared, error));
     if (r->task->quality != KVLOOM__V1__QUALITY__QUALITY_EXACT)
         KVL_TRY(run_resolve(r, false, error));
+    if (r->task->align && run_loads_beside(r)) KVL_TRY(run_align(r, error));
     KVL_TRY(run_plan(r, error));
     r->first_token_ns = r->start_ns;
     r->end_ns = kvl_clock_now(r->host->clock);
