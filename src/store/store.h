@@ -80,6 +80,15 @@ typedef struct kvl_lmdb_tier_options {
 KVL_MUST_USE kvl_status kvl_lmdb_tier_create(const kvl_lmdb_tier_options *options, kvl_tier **tier,
                                              kvl_error *error);
 
+/* Looks at a database without opening it, and changes nothing; *n_bytes is its size. For tools.
+ * Errors   KVL_ERR_NOT_FOUND (none is there), KVL_ERR_UNSUPPORTED (a file system of another
+ *          machine), KVL_ERR_BUSY (somebody has it open, so it cannot be looked at),
+ *          KVL_ERR_CORRUPT, KVL_ERR_FOREIGN (another version of LMDB's format), KVL_ERR_IO,
+ *          KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status kvl_lmdb_tier_check(const char *path, uint64_t *n_bytes, kvl_error *error);
+/* "LMDB 0.9.24: (July 24, 2019)"; static text. */
+const char *kvl_lmdb_version(void);
+
 /* Tiers from fast to slow as one: get asks in order and puts what a slower tier had into the faster
  * ones; put goes to all. The slowest decides what a put answers; where it fails for want of
  * memory or disk, the faster ones keep the container nevertheless. stats: sizes and evictions of
