@@ -68,6 +68,10 @@ typedef struct kvl_lmdb_tier_options {
     uint64_t bytes_max;     /* > 0; the oldest used go first above 95 % of it, down to 90 % */
     kvl_digest fingerprint; /* containers of another model are refused and counted */
     bool durable;           /* sync at each commit; otherwise the system decides when */
+    /* [32], copied; containers are sealed under a key that follows from it (store/lmdb_seal.h), and
+     * what is not sealed under it is a miss, counted as foreign. Who deletes the key has deleted
+     * the data. NULL: as they are. */
+    const uint8_t *seal_key;
 } kvl_lmdb_tier_options;
 
 /* A database whose pages are damaged is renamed to data.mdb.damaged, logged, counted once in
