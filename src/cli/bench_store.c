@@ -289,11 +289,8 @@ int kvl_bench_store(int argc, char **argv)
     kvl_error error = {.text = ""};
     if (!kvl_bench_parse(argc, argv, "The LMDB tier beside memcpy and LMDB itself.", &b.options))
         return KVL_EXIT_USAGE;
-    (void)snprintf(b.directory, sizeof b.directory, "/tmp/kvloom-bench-XXXXXX");
-    if (mkdtemp(b.directory) == NULL) {
-        (void)fprintf(stderr, "kvloom: cannot make a directory in /tmp\n");
-        return KVL_EXIT_FAILED;
-    }
+    if (kvl_cli_temporary("bench", b.directory, sizeof b.directory, &error) != KVL_OK)
+        return kvl_cli_fail(&error);
     b.figures = json_object();
     b.rows = json_array();
     const kvl_status status = measure(&b, &error);

@@ -18,15 +18,18 @@ typedef struct kvl_command {
     int (*run)(int argc, char **argv);
 } kvl_command;
 
+int kvl_command_ask(int argc, char **argv);
 int kvl_command_batch(int argc, char **argv);
 int kvl_command_bench(int argc, char **argv);
 int kvl_command_chat(int argc, char **argv);
 int kvl_command_demo(int argc, char **argv);
 int kvl_command_doctor(int argc, char **argv);
 int kvl_command_eval(int argc, char **argv);
+int kvl_command_status(int argc, char **argv);
 int kvl_command_explain(int argc, char **argv);
 int kvl_command_generate(int argc, char **argv);
 int kvl_command_get(int argc, char **argv);
+int kvl_command_ingest(int argc, char **argv);
 int kvl_command_keygen(int argc, char **argv);
 int kvl_command_logits(int argc, char **argv);
 int kvl_command_ls(int argc, char **argv);
@@ -43,6 +46,11 @@ int kvl_command_version(int argc, char **argv);
 
 /* Prints "kvloom: text" and returns KVL_EXIT_FAILED. */
 int kvl_cli_fail(const kvl_error *error);
+
+/* Makes a fresh directory kvloom-<what>-... in TMPDIR, by default /tmp. The caller removes it.
+ * path [n_path_bytes]; "" on failure. Errors   KVL_ERR_TOO_LARGE, KVL_ERR_IO */
+KVL_MUST_USE kvl_status kvl_cli_temporary(const char *what, char *path, size_t n_path_bytes,
+                                          kvl_error *error);
 
 /* Options that every command with a model has; part of each command's argp as a child. */
 typedef struct kvl_cli_engine {

@@ -4,6 +4,7 @@
 #include "base/alloc.h"
 #include "base/clock.h"
 #include "cli/bench_data.h"
+#include "cli/bench_rag.h"
 #include "cli/cli.h"
 #include "host/decode.h"
 
@@ -24,7 +25,7 @@ typedef struct arguments {
     kvl_cli_engine engine;
     const char *name, *shape;
     uint32_t n_tokens, n_repeats;
-    bool json;
+    bool json, quick;
 } arguments;
 
 static const struct argp_option options[] = {
@@ -40,7 +41,7 @@ static const struct argp_option options[] = {
 static bool is_bench(const char *name)
 {
     return strcmp(name, "prefill") == 0 || strcmp(name, "decode") == 0 ||
-           strcmp(name, "attention") == 0;
+           strcmp(name, "attention") == 0 || strcmp(name, "rag") == 0;
 }
 
 static error_t parse(int key, char *text, struct argp_state *state)
@@ -55,7 +56,10 @@ static error_t parse(int key, char *text, struct argp_state *state)
         wanted->n_repeats = kvl_cli_number(state, "--repeats", text, 1, REPEATS_MAX);
         return 0;
     case 's': wanted->shape = text; return 0;
-    case OPTION_QUICK: wanted->n_repeats = REPEATS_QUICK; return 0;
+    case OPTION_QUICK:
+        wanted->n_repeats = REPEATS_QUICK;
+        wanted->quick = true;
+        return 0;
     case OPTION_JSON: wanted->json = true; return 0;
     case ARGP_KEY_ARG:
         if (wanted->name != NULL || (!is_bench(text))) argp_usage(state);
@@ -189,12 +193,40 @@ static kvl_status bench(kvl_engine *engine, const arguments *wanted, kvl_error *
     return status;
 }
 
+/* The figures stand beside the name as well as in their object. */
+static int bench_rag(arguments *wanted)
+{
+    kvl_error error = {0};
+    json_t *measured = json_object();
+    json_t *rows = json_array();
+    if (wanted->engine.n_positions == 0) wanted->engine.n_positions = 4096;
+    const kvl_status status =
+        kvl_bench_rag_run(&wanted->engine, wanted->quick, measured, rows, &error);
+    if (status == KVL_OK && wanted->json) {
+        json_t *report = json_pack("{s:s, s:O, s:O, s:{s:s}, s:s}", "name", "rag", "figures",
+                                   measured, "rows", rows, "machine", "device",
+                                   kvl_cli_device(&wanted->engine), "version", KVL_VERSION);
+        (void)json_object_update(report, measured);
+        (void)json_dumpf(report, stdout, JSON_INDENT(2));
+        (void)printf("\n");
+        json_decref(report);
+    } else if (status == KVL_OK) {
+        const char *name = NULL;
+        json_t *value = NULL;
+        json_object_foreach(measured, name, value)(void)
+            printf("%-24s %8.3f\n", name, json_real_value(value));
+    }
+    json_decref(measured);
+    json_decref(rows);
+    return status == KVL_OK ? KVL_EXIT_OK : kvl_cli_fail(&error);
+}
+
 int kvl_command_bench(int argc, char **argv)
 {
     static const struct argp_child children[] = {{&kvl_cli_engine_argp, 0, NULL, 0}, {0}};
     static const struct argp argp = {options,
                                      parse,
-                                     "prefill|decode|attention|exchange|store",
+                                     "prefill|decode|attention|rag|exchange|store",
                                      "Measure this engine beside this machine's limits.",
                                      children,
                                      NULL,
@@ -203,6 +235,7 @@ int kvl_command_bench(int argc, char **argv)
     if (argc > 1 && strcmp(argv[1], "store") == 0) return kvl_bench_store(argc - 1, argv + 1);
     arguments wanted = {.n_tokens = TOKENS_DEFAULT, .n_repeats = REPEATS_DEFAULT};
     if (argp_parse(&argp, argc, argv, 0, NULL, &wanted) != 0) return KVL_EXIT_USAGE;
+    if (strcmp(wanted.name, "rag") == 0) return bench_rag(&wanted);
     kvl_error error;
     kvl_engine *engine = NULL;
     if (kvl_cli_engine_create(&wanted.engine, 0, &engine, &error) != KVL_OK)

@@ -2,39 +2,79 @@
  * is run in full, then with each policy, by one host that has read all chunks before. */
 #include "base/alloc.h"
 #include "cli/eval.h"
-#include "cli/task.h"
-#include "reuse/select.h"
 
 #include <argp.h>
-#include <jansson.h>
 #include <string.h>
 
 enum {
     PROMPTS_DEFAULT = 8,
-    PROMPTS_QUICK = 1,
     PROMPTS_MAX = 1000,
-    ANSWER_TOKENS = 24,
-    POLICIES_MAX = 12,
-    SCENARIOS_MAX = 8,
-    PARTS_MAX = 2 * EVAL_CHUNKS_MAX + 2,
+    ANSWER_TOKENS = 32,
+    CONTEXT_DEFAULT = 4096,
+    PRIMER_TEXTS = 3,
+    PRIMER_TEXT_BYTES = 600,
+    PRIMER_BYTES = 2048,
     OPTION_JSON = 256,
     OPTION_QUICK,
-    OPTION_SEED
+    OPTION_SEED,
+    OPTION_TEXTS,
+    OPTION_SCENARIOS,
+    OPTION_SAVE,
+    OPTION_FROM,
+    OPTION_HOME
 };
 
 typedef struct arguments {
     kvl_cli_engine engine;
     uint32_t n_prompts, seed;
-    bool json;
+    const char *texts, *scenarios, *save, *from, *home;
+    bool json, is_quick;
 } arguments;
 
 static const struct argp_option options[] = {
     {"prompts", 'n', "N", 0, "Prompts of each scenario (8)", 0},
     {"seed", OPTION_SEED, "N", 0, "Other prompts: tune on some, report others (1)", 0},
-    {"quick", OPTION_QUICK, NULL, 0, "One prompt of each scenario, about a minute", 0},
+    {"texts", OPTION_TEXTS, "DIR", 0, "Directory of *.txt to make prompts from", 0},
+    {"scenarios", OPTION_SCENARIOS, "NAME,...", 0, "Only these, as the table names them", 0},
+    {"home", OPTION_HOME, "HOME", 0,
+     "What texts are read behind: header, nothing, or primer, which is header and three of the "
+     "texts (header)",
+     0},
+    {"save", OPTION_SAVE, "FILE", 0, "Add what was seen of every prompt to a file", 0},
+    {"from", OPTION_FROM, "FILE", 0, "Run nothing: the figures of a file that --save made", 0},
+    {"quick", OPTION_QUICK, NULL, 0, "A few policies; without --prompts, one prompt each", 0},
     {"json", OPTION_JSON, NULL, 0, "Print one JSON object instead of a table", 0},
     {0},
 };
+
+/* Whether a comma separated list has a name; an empty list has all. */
+static bool has_name(const char *list, const char *name)
+{
+    if (list == NULL) return true;
+    const size_t n = strlen(name);
+    for (const char *at = list; at != NULL; at = strchr(at, ',')) {
+        if (*at == ',') at++;
+        if (strncmp(at, name, n) == 0 && (at[n] == ',' || at[n] == '\0')) return true;
+    }
+    return false;
+}
+
+static void check_scenarios(const char *list, struct argp_state *state)
+{
+    char *copy = kvl_strdup(list);
+    char *rest = NULL;
+    if (copy == NULL) argp_failure(state, KVL_EXIT_FAILED, 0, "no memory for the scenarios");
+    for (char *name = strtok_r(copy, ",", &rest); name != NULL; name = strtok_r(NULL, ",", &rest)) {
+        uint32_t s = 0;
+        while (eval_scenarios[s].name != NULL && strcmp(eval_scenarios[s].name, name) != 0) s++;
+        if (eval_scenarios[s].name == NULL)
+            argp_error(state,
+                       "--scenarios has '%s'; there are needle3, needle6, needle12, cut6, read6, "
+                       "open6 and agents5",
+                       name);
+    }
+    kvl_free(copy);
+}
 
 static error_t parse(int key, char *text, struct argp_state *state)
 {
@@ -45,7 +85,20 @@ static error_t parse(int key, char *text, struct argp_state *state)
         wanted->n_prompts = kvl_cli_number(state, "--prompts", text, 1, PROMPTS_MAX);
         return 0;
     case OPTION_SEED: wanted->seed = kvl_cli_number(state, "--seed", text, 1, 1 << 30); return 0;
-    case OPTION_QUICK: wanted->n_prompts = PROMPTS_QUICK; return 0;
+    case OPTION_TEXTS: wanted->texts = text; return 0;
+    case OPTION_HOME:
+        if (strcmp(text, "header") != 0 && strcmp(text, "nothing") != 0 &&
+            strcmp(text, "primer") != 0)
+            argp_error(state, "--home is '%s'; it must be header, nothing or primer", text);
+        wanted->home = text;
+        return 0;
+    case OPTION_SAVE: wanted->save = text; return 0;
+    case OPTION_FROM: wanted->from = text; return 0;
+    case OPTION_SCENARIOS:
+        check_scenarios(text, state);
+        wanted->scenarios = text;
+        return 0;
+    case OPTION_QUICK: wanted->is_quick = true; return 0;
     case OPTION_JSON: wanted->json = true; return 0;
     case ARGP_KEY_ARG:
         if (state->arg_num > 0 || strcmp(text, "reuse") != 0) argp_usage(state);
@@ -55,94 +108,63 @@ static error_t parse(int key, char *text, struct argp_state *state)
     }
 }
 
-/* A policy as it is asked for; the last is verified, and comes last because what it leaves in the
- * prefix tree is exact and would be shared by the others. */
-typedef struct policy {
-    const char *name, *select;
-    Kvloom__V1__Quality quality;
-} policy;
-
-static const policy policies[] = {
-    {"none", "none", KVLOOM__V1__QUALITY__QUALITY_BALANCED},
-    {"sink8", "sink8", KVLOOM__V1__QUALITY__QUALITY_BALANCED},
-    {"sink16", "sink16", KVLOOM__V1__QUALITY__QUALITY_BALANCED},
-    {"query10", "query10", KVLOOM__V1__QUALITY__QUALITY_BALANCED},
-    {"sink8+query10", "sink8+query10", KVLOOM__V1__QUALITY__QUALITY_BALANCED},
-    {"sink8+query25", "sink8+query25", KVLOOM__V1__QUALITY__QUALITY_BALANCED},
-    {"deviation15", "deviation15", KVLOOM__V1__QUALITY__QUALITY_BALANCED},
-    {"verified", "sink8+query10", KVLOOM__V1__QUALITY__QUALITY_VERIFIED},
-};
-enum { N_POLICIES = sizeof policies / sizeof *policies };
-
-/* Sums over the prompts of one scenario. */
-typedef struct cell {
-    double n, kl, top1, exact, needle, placed, recomputed, ttft_ms, corrected;
-} cell;
-
 typedef struct evaluation {
     const arguments *wanted;
     eval_corpus corpus;
+    demo_workflow workflow;
     kvl_local_host *host;
-    uint32_t n_scenarios;
-    cell cells[SCENARIOS_MAX][N_POLICIES];
-    cell full[SCENARIOS_MAX];
+    eval_records records;
+    uint32_t n_prompts; /* so far */
+    char primer[PRIMER_BYTES];
 } evaluation;
 
-typedef struct task {
-    Kvloom__V1__RunTask run;
-    Kvloom__V1__PromptPart parts[PARTS_MAX];
-    Kvloom__V1__PromptPart *pointers[PARTS_MAX];
-    char names[EVAL_CHUNKS_MAX][24];
-} task;
-
-static void add_part(task *made, char *slot, const char *text)
+/* Three short texts, which no prompt of a large corpus has: the last of it. */
+static void make_primer(evaluation *e)
 {
-    Kvloom__V1__PromptPart *part = &made->parts[made->run.n_parts];
-    kvloom__v1__prompt_part__init(part);
-    if (slot != NULL) part->slot = slot;
-    part->text = (ProtobufCBinaryData){strlen(text), (uint8_t *)(uintptr_t)text};
-    made->pointers[made->run.n_parts++] = part;
+    size_t n = 0, n_texts = 0;
+    for (size_t i = e->corpus.n; i-- > 0 && n_texts < PRIMER_TEXTS;) {
+        const char *text = e->corpus.paragraphs[i];
+        const size_t n_text = strlen(text);
+        if (n_text > PRIMER_TEXT_BYTES) continue;
+        n += (size_t)snprintf(e->primer + n, sizeof e->primer - n, "%s\n\n", text);
+        n_texts++;
+    }
 }
 
-/* No workflow: chunks of a retrieval pipeline have no template that comes again. */
-static void begin_task(task *made, Kvloom__V1__Mode mode, const policy *by, uint32_t max_tokens)
+static void set_home(const evaluation *e, Kvloom__V1__RunTask *run)
 {
-    kvloom__v1__run_task__init(&made->run);
-    made->run.parts = made->pointers;
-    made->run.mode = mode;
-    made->run.max_tokens = max_tokens;
-    made->run.quality = by->quality;
-    made->run.select = (char *)(uintptr_t)by->select;
-    made->run.evaluate = mode == KVLOOM__V1__MODE__MODE_REUSE && max_tokens > 1;
+    if (e->wanted->home == NULL) return;
+    run->home = (char *)(uintptr_t)e->wanted->home;
+    if (strcmp(run->home, "primer") != 0) return;
+    run->primer =
+        (ProtobufCBinaryData){strlen(e->primer), (uint8_t *)(uintptr_t)(const void *)e->primer};
 }
 
 static kvl_status ask(evaluation *e, const eval_prompt *prompt, Kvloom__V1__Mode mode,
-                      const policy *by, Kvloom__V1__RunReply **reply, kvl_error *error)
+                      const eval_policy *by, Kvloom__V1__RunReply **reply, kvl_error *error)
 {
-    task made;
-    begin_task(&made, mode, by, ANSWER_TOKENS);
-    add_part(&made, NULL, prompt->opening);
-    for (uint32_t c = 0; c < prompt->n_chunks; c++) {
-        if (c > 0) add_part(&made, NULL, "\n\n");
-        (void)snprintf(made.names[c], sizeof made.names[c], "chunk_%u", c + 1);
-        add_part(&made, made.names[c], prompt->chunks[c]);
-    }
-    char ending[sizeof prompt->question + 64];
-    (void)snprintf(ending, sizeof ending, "%s<|im_end|>\n<|im_start|>assistant\n",
-                   prompt->question);
-    add_part(&made, NULL, ending);
+    eval_task made;
+    eval_task_make(prompt, &made);
+    made.run.mode = mode;
+    made.run.max_tokens = ANSWER_TOKENS;
+    made.run.quality = by->quality;
+    made.run.select = (char *)(uintptr_t)by->select;
+    made.run.evaluate = mode == KVLOOM__V1__MODE__MODE_REUSE;
+    set_home(e, &made.run);
     return kvl_local_host_run(e->host, &made.run, reply, error);
 }
 
-/* Has the host read each chunk once, so that its KV at home is in the store. */
-static kvl_status read_chunks(evaluation *e, const eval_prompt *prompt, kvl_error *error)
+/* Has the host read each text once, so that its KV at home is in the store. */
+static kvl_status read_slots(evaluation *e, const eval_prompt *prompt, kvl_error *error)
 {
-    for (uint32_t c = 0; c < prompt->n_chunks; c++) {
-        task made;
-        begin_task(&made, KVLOOM__V1__MODE__MODE_REUSE, &policies[0], 1);
-        (void)snprintf(made.names[0], sizeof made.names[0], "chunk");
-        add_part(&made, made.names[0], prompt->chunks[c]);
-        add_part(&made, NULL, "\n");
+    for (uint32_t i = 0; i < prompt->n_pieces; i++) {
+        if (!prompt->pieces[i].is_slot || prompt->pieces[i].text == NULL) continue;
+        char ending[] = "\n";
+        eval_prompt alone = {.n_pieces = 2, .pieces = {prompt->pieces[i], {.text = ending}}};
+        eval_task made;
+        eval_task_make(&alone, &made);
+        made.run.mode = KVLOOM__V1__MODE__MODE_READ;
+        set_home(e, &made.run);
         Kvloom__V1__RunReply *reply = NULL;
         KVL_TRY(kvl_local_host_run(e->host, &made.run, &reply, error));
         kvloom__v1__run_reply__free_unpacked(reply, NULL);
@@ -150,41 +172,53 @@ static kvl_status read_chunks(evaluation *e, const eval_prompt *prompt, kvl_erro
     return KVL_OK;
 }
 
-static bool contains(const Kvloom__V1__RunReply *reply, const char *needle)
+static eval_record record_of(const eval_prompt *prompt, const Kvloom__V1__RunReply *full,
+                             const Kvloom__V1__RunReply *reply)
 {
-    return memmem(reply->text.data, reply->text.len, needle, strlen(needle)) != NULL;
-}
-
-static void add(cell *sum, const eval_prompt *prompt, const Kvloom__V1__RunReply *full,
-                const Kvloom__V1__RunReply *reply)
-{
-    sum->n++;
+    eval_record record = {.full_ttft_ms = full->ttft_ms};
     if (reply->evaluation != NULL) {
-        sum->kl += reply->evaluation->kl;
-        sum->top1 += reply->evaluation->top1_agreement;
+        record.kl = reply->evaluation->kl;
+        record.top1 = reply->evaluation->top1_agreement;
+    } else {
+        record.top1 = 1.0; /* full prefill itself */
     }
     const bool is_same =
         reply->n_tokens == full->n_tokens &&
         memcmp(reply->tokens, full->tokens, full->n_tokens * sizeof *full->tokens) == 0;
-    sum->exact += is_same ? 1.0 : 0.0;
-    const bool has_needle = prompt->needle[0] != '\0'; /* an open question has no right answer */
-    sum->needle += has_needle && contains(reply, prompt->needle) ? 1.0 : 0.0;
-    for (size_t p = 0; p < reply->n_parts; p++) sum->placed += reply->parts[p]->blended;
-    sum->recomputed += reply->recomputed;
-    sum->corrected += reply->corrected;
+    record.exact = is_same ? 1.0 : 0.0;
+    const size_t n_needle = strlen(prompt->needle);
+    const bool is_right =
+        n_needle > 0 && memmem(reply->text.data, reply->text.len, prompt->needle, n_needle) != NULL;
+    record.right = is_right ? 1.0 : 0.0;
+    for (size_t p = 0; p < reply->n_parts; p++) record.placed += reply->parts[p]->blended;
+    record.recomputed = record.placed > 0.0 ? reply->recomputed / record.placed : 0.0;
+    record.corrected = reply->corrected;
     /* A verified answer is held back until it is checked. */
-    sum->ttft_ms += reply->verify_ms > 0.0 ? reply->total_ms + reply->verify_ms : reply->ttft_ms;
+    record.ttft_ms = reply->verify_ms > 0.0 ? reply->total_ms + reply->verify_ms : reply->ttft_ms;
+    record.work = (reply->select_ms + reply->compute_ms) / full->compute_ms;
+    return record;
+}
+
+static kvl_status keep(evaluation *e, uint32_t s, uint32_t policy, eval_record record,
+                       kvl_error *error)
+{
+    record.scenario = s;
+    record.policy = policy;
+    record.prompt = e->n_prompts;
+    return eval_records_add(&e->records, &record, error);
 }
 
 static kvl_status compare(evaluation *e, uint32_t s, const eval_prompt *prompt,
                           const Kvloom__V1__RunReply *full, kvl_error *error)
 {
-    add(&e->full[s], prompt, full, full);
-    for (size_t p = 0; p < N_POLICIES; p++) {
+    KVL_TRY(keep(e, s, EVAL_POLICIES_MAX, record_of(prompt, full, full), error));
+    for (uint32_t p = 0; eval_policies[p].name != NULL; p++) {
+        if (e->wanted->is_quick && !eval_policies[p].is_quick) continue;
         Kvloom__V1__RunReply *reply = NULL;
-        KVL_TRY(ask(e, prompt, KVLOOM__V1__MODE__MODE_REUSE, &policies[p], &reply, error));
-        add(&e->cells[s][p], prompt, full, reply);
+        KVL_TRY(ask(e, prompt, KVLOOM__V1__MODE__MODE_REUSE, &eval_policies[p], &reply, error));
+        const eval_record record = record_of(prompt, full, reply);
         kvloom__v1__run_reply__free_unpacked(reply, NULL);
+        KVL_TRY(keep(e, s, p, record, error));
     }
     return KVL_OK;
 }
@@ -192,129 +226,50 @@ static kvl_status compare(evaluation *e, uint32_t s, const eval_prompt *prompt,
 static kvl_status run_prompt(evaluation *e, uint32_t s, uint32_t index, kvl_error *error)
 {
     eval_prompt prompt;
-    KVL_TRY(
-        eval_prompt_make(&e->corpus, &eval_scenarios[s], e->wanted->seed, index, &prompt, error));
+    const eval_scenario *scenario = &eval_scenarios[s];
+    kvl_status status =
+        scenario->kind == EVAL_AGENTS
+            ? eval_agents_make(&e->corpus, &e->workflow, e->host, e->wanted->seed, index, &prompt,
+                               error)
+            : eval_prompt_make(&e->corpus, scenario, e->wanted->seed, index, &prompt, error);
+    if (status != KVL_OK) return status;
     Kvloom__V1__RunReply *full = NULL;
-    kvl_status status = read_chunks(e, &prompt, error);
+    status = read_slots(e, &prompt, error);
     if (status == KVL_OK)
-        status = ask(e, &prompt, KVLOOM__V1__MODE__MODE_FULL, &policies[0], &full, error);
+        status = ask(e, &prompt, KVLOOM__V1__MODE__MODE_FULL, &eval_policies[0], &full, error);
     if (status == KVL_OK) status = compare(e, s, &prompt, full, error);
     if (full != NULL) kvloom__v1__run_reply__free_unpacked(full, NULL);
     eval_prompt_deinit(&prompt);
+    e->n_prompts++;
     return status;
 }
 
 static kvl_status run_all(evaluation *e, kvl_error *error)
 {
+    const uint32_t n = e->wanted->n_prompts;
     for (uint32_t s = 0; eval_scenarios[s].name != NULL; s++) {
-        e->n_scenarios = s + 1;
-        for (uint32_t i = 0; i < e->wanted->n_prompts; i++) {
+        if (!has_name(e->wanted->scenarios, eval_scenarios[s].name)) continue;
+        for (uint32_t i = 0; i < n; i++) {
+            const size_t n_before = e->records.n;
             KVL_TRY(run_prompt(e, s, i, error));
-            (void)fprintf(stderr, "\r%s: %u of %u prompts ", eval_scenarios[s].name, i + 1,
-                          e->wanted->n_prompts);
+            /* At once: hours of work should outlive whatever ends them. */
+            if (e->wanted->save != NULL)
+                KVL_TRY(eval_records_save(&e->records, n_before, e->wanted->save, error));
+            (void)fprintf(stderr, "\r%s: %u of %u prompts ", eval_scenarios[s].name, i + 1, n);
         }
         (void)fprintf(stderr, "\n");
     }
     return KVL_OK;
 }
 
-/* ---- what it says ---- */
-
-/* Mean of one sum over the scenarios of some kinds. */
-static double mean(const evaluation *e, const char *name, unsigned kinds, size_t offset)
+static kvl_status evaluate(evaluation *e, const char *texts, kvl_error *error)
 {
-    double sum = 0.0, n = 0.0;
-    for (uint32_t s = 0; s < e->n_scenarios; s++) {
-        if ((kinds >> eval_scenarios[s].kind & 1U) == 0) continue;
-        const cell *of = &e->full[s];
-        for (size_t p = 0; p < N_POLICIES; p++) {
-            if (strcmp(policies[p].name, name) == 0) of = &e->cells[s][p];
-        }
-        double value = 0.0;
-        memcpy(&value, (const char *)of + offset, sizeof value);
-        sum += value;
-        n += of->n;
-    }
-    return n > 0.0 ? sum / n : 0.0;
-}
-
-static json_t *figures_of(const evaluation *e)
-{
-    enum { FACTS = 1U << EVAL_NEEDLE | 1U << EVAL_CUT, OPEN = 1U << EVAL_OPEN };
-    static const struct {
-        const char *figure, *policy;
-        unsigned kinds;
-        size_t offset;
-    } wanted[] = {
-        {"em_balanced", "sink8+query10", FACTS, offsetof(cell, exact)},
-        {"em_fast", "sink8", FACTS, offsetof(cell, exact)},
-        {"em_verified", "verified", FACTS | OPEN, offsetof(cell, exact)},
-        {"read_full", "full", FACTS, offsetof(cell, needle)},
-        {"read_balanced", "sink8+query10", FACTS, offsetof(cell, needle)},
-        {"read_cacheblend15", "deviation15", FACTS, offsetof(cell, needle)},
-        {"kl_balanced_open", "sink8+query10", OPEN, offsetof(cell, kl)},
-        {"kl_cacheblend15_open", "deviation15", OPEN, offsetof(cell, kl)},
-        {"corrected_verified", "verified", FACTS | OPEN, offsetof(cell, corrected)},
-    };
-    json_t *figures = json_object();
-    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
-        (void)json_object_set_new(
-            figures, wanted[i].figure,
-            json_real(mean(e, wanted[i].policy, wanted[i].kinds, wanted[i].offset)));
-    const double all = FACTS | OPEN;
-    const double placed = mean(e, "sink8+query10", (unsigned)all, offsetof(cell, placed));
-    const double again = mean(e, "sink8+query10", (unsigned)all, offsetof(cell, recomputed));
-    (void)json_object_set_new(figures, "recomputed_balanced",
-                              json_real(placed > 0.0 ? again / placed : 0.0));
-    return figures;
-}
-
-static json_t *row_of(const cell *c, const cell *full, const char *scenario, const char *name)
-{
-    return json_pack("{s:s, s:s, s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "scenario", scenario,
-                     "policy", name, "n", (int)c->n, "kl", c->kl / c->n, "top1_agreement",
-                     c->top1 / c->n, "exact_match", c->exact / c->n, "needle", c->needle / c->n,
-                     "recomputed", c->placed > 0.0 ? c->recomputed / c->placed : 0.0, "ttft_ms",
-                     c->ttft_ms / c->n, "ttft_ratio", full->ttft_ms / c->ttft_ms);
-}
-
-static void print_json(const evaluation *e)
-{
-    json_t *rows = json_array();
-    for (uint32_t s = 0; s < e->n_scenarios; s++) {
-        (void)json_array_append_new(
-            rows, row_of(&e->full[s], &e->full[s], eval_scenarios[s].name, "full"));
-        for (size_t p = 0; p < N_POLICIES; p++)
-            (void)json_array_append_new(rows, row_of(&e->cells[s][p], &e->full[s],
-                                                     eval_scenarios[s].name, policies[p].name));
-    }
-    const char *model = e->wanted->engine.model;
-    json_t *report = json_pack(
-        "{s:s, s:o, s:o, s:{s:s, s:i, s:i}, s:s}", "name", "reuse", "figures", figures_of(e),
-        "rows", rows, "machine", "model", model == NULL ? "smollm2-135m" : model, "prompts",
-        (int)e->wanted->n_prompts, "seed", (int)e->wanted->seed, "version", KVL_VERSION);
-    (void)json_dumpf(report, stdout, JSON_INDENT(2));
-    (void)printf("\n");
-    json_decref(report);
-}
-
-static void print_table(const evaluation *e)
-{
-    (void)printf(
-        "scenario   policy          exact  needle      KL   top-1  again     TTFT  ratio\n");
-    for (uint32_t s = 0; s < e->n_scenarios; s++) {
-        const cell *full = &e->full[s];
-        (void)printf("%-10s %-14s %6.3f  %6.3f %7s %7s %6s %5.0f ms\n", eval_scenarios[s].name,
-                     "full", full->exact / full->n, full->needle / full->n, "", "", "",
-                     full->ttft_ms / full->n);
-        for (size_t p = 0; p < N_POLICIES; p++) {
-            const cell *c = &e->cells[s][p];
-            (void)printf("%-10s %-14s %6.3f  %6.3f %7.4f %7.3f %6.3f %5.0f ms %5.1fx\n", "",
-                         policies[p].name, c->exact / c->n, c->needle / c->n, c->kl / c->n,
-                         c->top1 / c->n, c->placed > 0.0 ? c->recomputed / c->placed : 0.0,
-                         c->ttft_ms / c->n, full->ttft_ms / c->ttft_ms);
-        }
-    }
+    if (e->wanted->from != NULL) return eval_records_load(&e->records, e->wanted->from, error);
+    KVL_TRY(eval_corpus_load(texts, &e->corpus, error));
+    make_primer(e);
+    KVL_TRY(demo_workflow_load(kvl_cli_data_directory(), &e->workflow, error));
+    KVL_TRY(kvl_local_host_start(&e->wanted->engine, &e->host, error));
+    return run_all(e, error);
 }
 
 int kvl_command_eval(int argc, char **argv)
@@ -323,20 +278,27 @@ int kvl_command_eval(int argc, char **argv)
     static const struct argp argp = {
         options,  parse, "reuse", "What reuse keeps of full prefill's answers, policy by policy.",
         children, NULL,  NULL};
-    arguments wanted = {.n_prompts = PROMPTS_DEFAULT, .seed = 1};
+    arguments wanted = {.seed = 1};
     if (argp_parse(&argp, argc, argv, 0, NULL, &wanted) != 0) return KVL_EXIT_USAGE;
-    if (wanted.engine.n_positions == 0) wanted.engine.n_positions = 4096;
+    if (wanted.n_prompts == 0) wanted.n_prompts = wanted.is_quick ? 1 : PROMPTS_DEFAULT;
+    if (wanted.engine.n_positions == 0) wanted.engine.n_positions = CONTEXT_DEFAULT;
     evaluation e = {.wanted = &wanted};
     kvl_error error = {0};
-    kvl_status status = eval_corpus_load(kvl_cli_data_directory(), &e.corpus, &error);
-    if (status == KVL_OK) status = kvl_local_host_start(&wanted.engine, &e.host, &error);
-    if (status == KVL_OK) status = run_all(&e, &error);
+    const char *texts = wanted.texts == NULL ? kvl_cli_data_directory() : wanted.texts;
+    const kvl_status status = evaluate(&e, texts, &error);
     kvl_local_host_stop(e.host);
+    demo_workflow_deinit(&e.workflow);
     eval_corpus_deinit(&e.corpus);
-    if (status != KVL_OK) return kvl_cli_fail(&error);
-    if (wanted.json)
-        print_json(&e);
-    else
-        print_table(&e);
-    return KVL_EXIT_OK;
+    if (status == KVL_OK && wanted.json) {
+        const char *model = wanted.engine.model;
+        const eval_about about = {.model = model == NULL ? "smollm2-135m" : model,
+                                  .texts = texts,
+                                  .n_prompts = wanted.n_prompts,
+                                  .seed = wanted.seed};
+        eval_print_json(&e.records, &about);
+    } else if (status == KVL_OK) {
+        eval_print_table(&e.records);
+    }
+    eval_records_deinit(&e.records);
+    return status == KVL_OK ? KVL_EXIT_OK : kvl_cli_fail(&error);
 }

@@ -7,6 +7,7 @@
 
 #include <argp.h>
 #include <jansson.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -15,20 +16,33 @@ enum {
     PARTS_MAX = 2 * MESSAGES_MAX + 1,
     CONNECT_TIMEOUT_S = 5,
     CALL_TIMEOUT_S = 60,
-    OPTION_WORKFLOW = 256
+    OPTION_WORKFLOW = 256,
+    OPTION_BUDGET
 };
 
 typedef struct arguments {
     kvl_exchange_peer host;
     const char *messages, *workflow;
+    double error_budget;
 } arguments;
 
 static const struct argp_option options[] = {
     {"host", 'H', "NAME=ENDPOINT", 0, "The host to ask, as `kvloom serve` was started", 0},
     {"messages", 'M', "FILE", 0, "Messages as JSON: [{\"role\": ..., \"content\": ...}, ...]", 0},
+    {"error-budget", OPTION_BUDGET, "KL", 0,
+     "Most that the plan may be expected to be off from full prefill, in nats (no limit)", 0},
     {"workflow", OPTION_WORKFLOW, "NAME", 0, "Whose anchors to use (explain)", 0},
     {0},
 };
+
+static double budget_of(const char *text, struct argp_state *state)
+{
+    char *end = NULL;
+    const double budget = strtod(text, &end);
+    if (end == text || *end != '\0' || !(budget > 0.0 && budget <= 10.0))
+        argp_error(state, "--error-budget is '%s'; it must be above 0, up to 10 nats", text);
+    return budget;
+}
 
 static error_t parse(int key, char *text, struct argp_state *state)
 {
@@ -44,6 +58,7 @@ static error_t parse(int key, char *text, struct argp_state *state)
     }
     case 'M': wanted->messages = text; return 0;
     case OPTION_WORKFLOW: wanted->workflow = text; return 0;
+    case OPTION_BUDGET: wanted->error_budget = budget_of(text, state); return 0;
     case ARGP_KEY_END:
         if (wanted->host.name == NULL || wanted->messages == NULL)
             argp_error(state, "--host and --messages are needed");
@@ -104,6 +119,7 @@ static kvl_status ask(const arguments *wanted, const prompt *made, Kvloom__V1__R
     run.workflow = (char *)(uintptr_t)wanted->workflow;
     run.template_name = (char *)(uintptr_t) "messages";
     run.mode = KVLOOM__V1__MODE__MODE_PLAN;
+    run.error_budget = wanted->error_budget;
     run.n_parts = made->n;
     run.parts = (Kvloom__V1__PromptPart **)(uintptr_t)made->pointers;
     kvl_exchange *exchange = NULL;
@@ -122,22 +138,23 @@ static kvl_status ask(const arguments *wanted, const prompt *made, Kvloom__V1__R
 
 static void print_plan(const Kvloom__V1__RunReply *plan)
 {
-    (void)printf(
-        "part          tokens  shared  placed  offset  computed    cost  if computed  why\n");
+    (void)printf("part          tokens  shared  placed  offset  blended  computed    cost  if "
+                 "computed   error  "
+                 "why\n");
     double cost = 0.0;
     double compute = 0.0;
     for (size_t p = 0; p < plan->n_parts; p++) {
         const Kvloom__V1__PartReport *part = plan->parts[p];
-        (void)printf("%-12s %7u %7u %7u %7u %9u %4.0f ms %9.0f ms  %s%s%s\n",
+        (void)printf("%-12s %7u %7u %7u %7u %8u %9u %4.0f ms %9.0f ms  %.4f  %s%s%s\n",
                      part->slot[0] == '\0' ? "(template)" : part->slot, part->n_tokens,
-                     part->shared, part->placed, part->offset, part->computed, part->cost_ms,
-                     part->compute_ms, part->reason, part->from[0] == '\0' ? "" : ", from ",
-                     part->from);
+                     part->shared, part->placed, part->offset, part->blended, part->computed,
+                     part->cost_ms, part->compute_ms, part->error, part->reason,
+                     part->from[0] == '\0' ? "" : ", from ", part->from);
         cost += part->cost_ms;
         compute += part->compute_ms;
     }
-    (void)printf("%-12s %7u %34s %7.0f ms %9.0f ms\n", "all", plan->prompt_tokens, "", cost,
-                 compute);
+    (void)printf("%-12s %7u %43s %4.0f ms %9.0f ms  %.4f\n", "all", plan->prompt_tokens, "", cost,
+                 compute, plan->expected_error);
 }
 
 int kvl_command_explain(int argc, char **argv)

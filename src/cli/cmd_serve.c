@@ -24,9 +24,12 @@ enum {
     OPTION_HTTP,
     OPTION_API_KEYS,
     OPTION_SERVED_NAME,
+    OPTION_TLS_CERTIFICATE,
+    OPTION_TLS_KEY,
     OPTION_ANSWERS,
     OPTION_WAITING,
-    OPTION_STEP_ROWS
+    OPTION_STEP_ROWS,
+    OPTION_AUDIT
 };
 
 typedef struct arguments {
@@ -54,11 +57,17 @@ static const struct argp_option options[] = {
      "needed only to exchange with peers",
      0},
     {"api-keys", OPTION_API_KEYS, "FILE", 0, "Lines 'TENANT KEY'; needed beyond loopback", 0},
+    {"tls-certificate", OPTION_TLS_CERTIFICATE, "FILE", 0,
+     "PEM, with its chain: HTTPS instead of HTTP; needs --tls-key", 0},
+    {"tls-key", OPTION_TLS_KEY, "FILE", 0, "PEM; only its owner may read it", 0},
     {"served-name", OPTION_SERVED_NAME, "NAME", 0, "What the API calls the model (--model)", 0},
     {"answers", OPTION_ANSWERS, "N", 0, "Answers that are computed at once (64)", 0},
     {"waiting", OPTION_WAITING, "N", 0, "Requests that may wait; more are told to come again (256)",
      0},
     {"step-rows", OPTION_STEP_ROWS, "N", 0, "Tokens of one step while anybody decodes (256)", 0},
+    {"audit", OPTION_AUDIT, "PERCENT", 0,
+     "Share of reused requests that are computed in full when idle, to learn what reuse costs (5)",
+     0},
     {"paper-anchors", OPTION_PAPER, NULL, 0, "Match anchors as the KVCOMM paper does", 0},
     {"with-parent", OPTION_WITH_PARENT, NULL, 0, "End when the process that started this ends", 0},
     {0},
@@ -108,6 +117,8 @@ static error_t parse(int key, char *text, struct argp_state *state)
         return 0;
     case OPTION_HTTP: wanted->http.address = text; return 0;
     case OPTION_API_KEYS: wanted->http.keys_file = text; return 0;
+    case OPTION_TLS_CERTIFICATE: wanted->http.certificate_file = text; return 0;
+    case OPTION_TLS_KEY: wanted->http.certificate_key_file = text; return 0;
     case OPTION_SERVED_NAME: wanted->http.model_name = text; return 0;
     case OPTION_ANSWERS:
         wanted->scheduler.n_running_max = kvl_cli_number(state, "--answers", text, 1, 512);
@@ -118,6 +129,9 @@ static error_t parse(int key, char *text, struct argp_state *state)
     case OPTION_STEP_ROWS:
         wanted->scheduler.n_step_rows =
             kvl_cli_number(state, "--step-rows", text, 1, KVL_FORWARD_ROWS_MAX);
+        return 0;
+    case OPTION_AUDIT:
+        host->audit_share = kvl_cli_number(state, "--audit", text, 0, 100) / 100.0;
         return 0;
     case OPTION_PAPER: host->anchors.mode = KVL_ANCHOR_PAPER; return 0;
     case OPTION_WITH_PARENT: wanted->with_parent = true; return 0;
@@ -191,6 +205,7 @@ static kvl_status run(arguments *wanted, stopped *waited, kvl_error *error)
     if (wanted->http.address != NULL) {
         kvl_service *service =
             waited->host != NULL ? kvl_host_service(waited->host) : waited->service;
+        wanted->http.host = waited->host;
         KVL_TRY(kvl_http_start(&wanted->http, service, &http, error));
         /* A script may have asked for any free port: it reads here which it got. */
         (void)printf("listening at %s\n", kvl_http_address(http));

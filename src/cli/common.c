@@ -31,6 +31,23 @@ uint32_t kvl_cli_number(const struct argp_state *state, const char *option, cons
     return (uint32_t)number;
 }
 
+kvl_status kvl_cli_temporary(const char *what, char *path, size_t n_path_bytes, kvl_error *error)
+{
+    const char *parent = getenv("TMPDIR");
+    if (parent == NULL || parent[0] != '/') parent = "/tmp";
+    const int n = snprintf(path, n_path_bytes, "%s/kvloom-%s-XXXXXX", parent, what);
+    if (n < 0 || (size_t)n >= n_path_bytes) {
+        path[0] = '\0';
+        return KVL_FAIL(error, KVL_ERR_TOO_LARGE,
+                        "TMPDIR is %s: too long for a socket's path; use a shorter one", parent);
+    }
+    if (mkdtemp(path) != NULL) return KVL_OK;
+    const int reason = errno;
+    path[0] = '\0';
+    return KVL_FAIL(error, KVL_ERR_IO, "cannot make a directory in %s: %s", parent,
+                    strerror(reason));
+}
+
 enum { OPTION_CPU = 256, OPTION_DEVICE };
 
 static const struct argp_option engine_options[] = {

@@ -58,6 +58,7 @@ static void build_line(const demo *d, size_t host, command_line *line)
     add(line, "kvloom", NULL);
     add(line, "serve", NULL);
     add(line, "--with-parent", NULL);
+    add(line, "--audit", "0"); /* of five hosts on one machine, one would compute beside another */
     add(line, "--name", d->hosts[host].name);
     add(line, "--listen", d->hosts[host].endpoint);
     add(line, "--store", d->hosts[host].store);
@@ -150,12 +151,7 @@ static kvl_status make_directory(demo *d, kvl_error *error)
         }
         return KVL_OK;
     }
-    const char *parent = getenv("TMPDIR");
-    (void)snprintf(d->directory, sizeof d->directory, "%s/kvloom-demo-XXXXXX",
-                   parent == NULL || parent[0] != '/' ? "/tmp" : parent);
-    if (mkdtemp(d->directory) == NULL)
-        return KVL_FAIL(error, KVL_ERR_IO, "cannot create %s: %s", d->directory, strerror(errno));
-    return KVL_OK;
+    return kvl_cli_temporary("demo", d->directory, sizeof d->directory, error);
 }
 
 static kvl_status make_key(const demo *d, kvl_error *error)

@@ -4,23 +4,41 @@
 
 #include "base/random.h"
 #include "cli/cli.h"
+#include "cli/demo.h"
+#include "cli/task.h"
 
-enum { EVAL_CHUNKS_MAX = 12, EVAL_POOL = 24, EVAL_PARAGRAPHS_MAX = 96, EVAL_NEEDLE_MAX = 8 };
+enum {
+    EVAL_CHUNKS_MAX = 12,
+    EVAL_POOL = 24,
+    EVAL_PIECES_MAX = 2 * EVAL_CHUNKS_MAX + 8,
+    EVAL_NEEDLE_MAX = 32,
+    EVAL_POLICIES_MAX = 24,
+    EVAL_SCENARIOS_MAX = 12
+};
 
-/* Paragraphs of real text, from the documents of the data directory. */
+/* ---- texts ---- */
+
+/* Paragraphs of real text. */
 typedef struct eval_corpus {
-    char *paragraphs[EVAL_PARAGRAPHS_MAX];
-    size_t n;
+    char **paragraphs; /* [n] */
+    size_t n, n_room;
 } eval_corpus;
 
+/* Reads *.txt of a directory. Paragraphs are separated by empty lines; very short and very long
+ * ones are left out.
+ * Errors   KVL_ERR_NOT_FOUND (fewer than EVAL_POOL), those of reading, KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status eval_corpus_load(const char *directory, eval_corpus *corpus,
                                          kvl_error *error);
 void eval_corpus_deinit(eval_corpus *corpus);
 
+/* ---- prompts ---- */
+
 typedef enum eval_kind {
     EVAL_NEEDLE, /* one chunk states the fact that is asked for; every other states another one */
     EVAL_CUT,    /* the fact is cut between two chunks that stand side by side */
+    EVAL_READ,   /* nothing is planted: a word of one of the texts is asked for */
     EVAL_OPEN,   /* a question that no single place answers */
+    EVAL_AGENTS, /* the last of five agents, which reads a document and four answers */
 } eval_kind;
 
 typedef struct eval_scenario {
@@ -32,21 +50,109 @@ typedef struct eval_scenario {
 /* Ended by one without name. */
 extern const eval_scenario eval_scenarios[];
 
-/* Texts of one prompt; `chunks` are the caller's to free with eval_prompt_deinit. */
+/* A piece of a prompt: text around the slots, or what fills one. */
+typedef struct eval_piece {
+    char *text;                   /* owned; NULL for an answer */
+    Kvloom__V1__RunReply *answer; /* owned; of an earlier agent */
+    bool is_slot;
+} eval_piece;
+
 typedef struct eval_prompt {
-    char opening[160]; /* not the same in any two prompts, so that no prefix is shared by chance */
-    char *chunks[EVAL_CHUNKS_MAX];
-    uint32_t n_chunks;
-    char question[256];
+    eval_piece pieces[EVAL_PIECES_MAX];
+    uint32_t n_pieces;
     char needle[EVAL_NEEDLE_MAX]; /* what a right answer contains; empty: there is no right one */
 } eval_prompt;
 
-/* Prompt `index` of a scenario: the same for the same seed. Chunks come from a pool of EVAL_POOL
- * that all prompts of a kind share, so that they are hot, as retrieved chunks are.
+/* Adds a piece; a NULL text says that there was no memory for it. */
+KVL_MUST_USE bool eval_prompt_add(eval_prompt *prompt, bool is_slot, char *text);
+
+/* Prompt `index` of a scenario of chunks: the same for the same seed. Chunks come from pools of
+ * EVAL_POOL that some prompts share, so that they are hot, as retrieved chunks are.
  * Errors   KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status eval_prompt_make(const eval_corpus *corpus, const eval_scenario *scenario,
                                          uint64_t seed, uint32_t index, eval_prompt *prompt,
                                          kvl_error *error);
 void eval_prompt_deinit(eval_prompt *prompt);
+
+/* A word of a sentence of `text` that stands nowhere else in `others` [n_others], and the words
+ * before it. False where there is none. cli/eval_read.c
+ * lead, word   buffers of n_lead and n_word bytes */
+bool eval_find_question(kvl_random *random, const char *text, const char *const *others,
+                        uint32_t n_others, char *lead, size_t n_lead, char *word, size_t n_word);
+
+/* ---- tasks ---- */
+
+typedef struct eval_task {
+    Kvloom__V1__RunTask run;
+    Kvloom__V1__PromptPart parts[EVAL_PIECES_MAX];
+    Kvloom__V1__PromptPart *pointers[EVAL_PIECES_MAX];
+    char names[EVAL_PIECES_MAX][24];
+} eval_task;
+
+/* Fills a task from a prompt, which it borrows; without a workflow: what is placed is blended. */
+void eval_task_make(const eval_prompt *prompt, eval_task *made);
+
+/* The prompt of the last agent of a workflow, about a document of the corpus. The agents before it
+ * are run on the host, exactly. cli/eval_agents.c
+ * Errors   those of the runs, KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status eval_agents_make(const eval_corpus *corpus, const demo_workflow *workflow,
+                                         kvl_local_host *host, uint64_t seed, uint32_t index,
+                                         eval_prompt *prompt, kvl_error *error);
+
+/* ---- what was seen ---- */
+
+/* A policy as it is asked for. */
+typedef struct eval_policy {
+    const char *name, *select; /* select: reuse/select.h */
+    Kvloom__V1__Quality quality;
+    bool is_quick; /* part of --quick */
+} eval_policy;
+
+/* Ended by one without name. */
+extern const eval_policy eval_policies[];
+
+/* One prompt under one policy. */
+typedef struct eval_record {
+    uint32_t scenario, policy; /* policy: EVAL_POLICIES_MAX for full prefill */
+    uint32_t prompt;           /* unique among all scenarios */
+    double kl, top1, exact, right, placed, recomputed, corrected, ttft_ms, full_ttft_ms;
+    double work; /* of full prefill's time computing, what scoring and computing took */
+} eval_record;
+
+typedef struct eval_records {
+    eval_record *items; /* [n] */
+    size_t n, n_room;
+} eval_records;
+
+KVL_MUST_USE kvl_status eval_records_add(eval_records *records, const eval_record *record,
+                                         kvl_error *error);
+void eval_records_deinit(eval_records *records);
+/* Adds the records from `first` on to a file, one JSON object a line, and reads such files, whose
+ * prompts stay apart: evaluations may run one beside another, or one after another.
+ * Errors   KVL_ERR_IO; KVL_ERR_MALFORMED (names the line); KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status eval_records_save(const eval_records *records, size_t first,
+                                          const char *path, kvl_error *error);
+KVL_MUST_USE kvl_status eval_records_load(eval_records *records, const char *path,
+                                          kvl_error *error);
+
+/* A mean and where 95 % of the means of 1,000 resamples of the prompts lie. */
+typedef struct eval_estimate {
+    double mean, low, high;
+    uint32_t n;
+} eval_estimate;
+
+/* Of the field at `offset` of eval_record, over prompts of some kinds (bits 1 << kind; scenario
+ * UINT32_MAX: all). `minus`: the same prompts under another policy, subtracted prompt by prompt;
+ * NULL: nothing is. Policies by name; "full" is full prefill. */
+eval_estimate eval_estimate_of(const eval_records *records, const char *policy, const char *minus,
+                               unsigned kinds, uint32_t scenario, size_t offset);
+
+/* cli/eval_output.c */
+typedef struct eval_about {
+    const char *model, *texts;
+    uint32_t n_prompts, seed;
+} eval_about;
+void eval_print_json(const eval_records *records, const eval_about *about);
+void eval_print_table(const eval_records *records);
 
 #endif /* KVL_CLI_EVAL_H */

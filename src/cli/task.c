@@ -6,7 +6,6 @@
 #include "base/random.h"
 #include "host/host.h"
 
-#include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -73,20 +72,30 @@ static void *run_host(void *host)
     return NULL;
 }
 
-static kvl_status open_host(kvl_local_host *local, const kvl_cli_engine *engine, kvl_error *error)
+static kvl_status open_host(kvl_local_host *local, const kvl_local_host_options *wanted,
+                            kvl_error *error)
 {
+    const kvl_cli_engine *engine = wanted->engine;
     KVL_TRY(kvl_models_find(engine->model == NULL ? "smollm2-135m" : engine->model, local->model,
                             error));
     kvl_host_options options = kvl_host_default_options();
     options.name = LOCAL_NAME;
     options.endpoint = local->endpoint;
-    options.store_path = local->store;
+    options.store_path = wanted->store_path == NULL ? local->store : wanted->store_path;
+    if (wanted->store_bytes_max > 0) options.store_bytes_max = wanted->store_bytes_max;
+    if (wanted->memory_bytes_max > 0) options.memory_bytes_max = wanted->memory_bytes_max;
+    options.stream = wanted->stream;
+    options.stream_context = wanted->stream_context;
     options.engine = (kvl_engine_options){.model_path = local->model,
                                           .n_threads = engine->n_threads,
                                           .n_positions = engine->n_positions,
                                           .device = kvl_cli_device(engine),
                                           .variant = engine->variant};
-    kvl_random_secret(options.tenant_key, sizeof options.tenant_key);
+    options.audit_share = 0.0; /* it would compute beside what is measured */
+    if (wanted->tenant_key != NULL)
+        memcpy(options.tenant_key, wanted->tenant_key, sizeof options.tenant_key);
+    else
+        kvl_random_secret(options.tenant_key, sizeof options.tenant_key);
     KVL_TRY(kvl_host_create(&options, &local->host, error));
     if (pthread_create(&local->thread, NULL, run_host, local->host) != 0)
         return KVL_FAIL(error, KVL_ERR_IO, "cannot start a thread");
@@ -115,19 +124,36 @@ static kvl_status open_client(kvl_local_host *local, kvl_error *error)
 kvl_status kvl_local_host_start(const kvl_cli_engine *engine, kvl_local_host **host,
                                 kvl_error *error)
 {
+    const kvl_local_host_options options = {.engine = engine};
+    return kvl_local_host_open(&options, host, error);
+}
+
+const kvl_model *kvl_local_host_model(const kvl_local_host *host)
+{
+    return kvl_host_model(host->host);
+}
+
+kvl_status kvl_local_host_do(kvl_local_host *host, const Kvloom__V1__HostTask *task,
+                             Kvloom__V1__HostReply **reply, kvl_error *error)
+{
+    return kvl_cli_call(host->client, LOCAL_NAME, task, LOCAL_TIMEOUT_S, reply, error);
+}
+
+kvl_status kvl_local_host_open(const kvl_local_host_options *options, kvl_local_host **host,
+                               kvl_error *error)
+{
     *host = NULL;
     kvl_local_host *made = kvl_alloc_zero(1, sizeof *made);
     if (made == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a host");
-    (void)snprintf(made->directory, sizeof made->directory, "/tmp/kvloom-local-XXXXXX");
-    if (mkdtemp(made->directory) == NULL) {
-        const int reason = errno;
+    const kvl_status has_place =
+        kvl_cli_temporary("local", made->directory, sizeof made->directory, error);
+    if (has_place != KVL_OK) {
         kvl_free(made);
-        return KVL_FAIL(error, KVL_ERR_IO, "cannot create a directory in /tmp: %s",
-                        strerror(reason));
+        return has_place;
     }
     (void)snprintf(made->endpoint, sizeof made->endpoint, "ipc://%s/host.sock", made->directory);
     (void)snprintf(made->store, sizeof made->store, "%s/store", made->directory);
-    kvl_status status = open_host(made, engine, error);
+    kvl_status status = open_host(made, options, error);
     if (status == KVL_OK) status = open_client(made, error);
     if (status != KVL_OK) {
         kvl_local_host_stop(made);

@@ -20,8 +20,30 @@ KVL_MUST_USE kvl_status kvl_cli_call_run(kvl_exchange *exchange, const char *hos
                                          Kvloom__V1__RunTask *run, int64_t timeout_s,
                                          Kvloom__V1__RunReply **reply, kvl_error *error);
 
-/* A host in a thread of this process, with a store that goes when it stops, and its client. */
+/* A host in a thread of this process and its client. */
 typedef struct kvl_local_host kvl_local_host;
+
+typedef struct kvl_local_host_options {
+    const kvl_cli_engine *engine;
+    const char *store_path;                     /* NULL: a store that goes when the host stops */
+    const uint8_t *tenant_key;                  /* NULL: one that nobody will know again */
+    uint64_t store_bytes_max, memory_bytes_max; /* 0: a host's default */
+    /* As in kvl_host_options; on the host's thread. May be NULL. */
+    void (*stream)(void *context, const char *bytes, size_t n_bytes);
+    void *stream_context;
+} kvl_local_host_options;
+
+/* Owns     *host: ended with kvl_local_host_stop
+ * Errors   as kvl_local_host_start */
+KVL_MUST_USE kvl_status kvl_local_host_open(const kvl_local_host_options *options,
+                                            kvl_local_host **host, kvl_error *error);
+/* Borrowed until the host is stopped. */
+const kvl_model *kvl_local_host_model(const kvl_local_host *host);
+/* Any other task; ended with kvloom__v1__host_reply__free_unpacked. */
+KVL_MUST_USE kvl_status kvl_local_host_do(kvl_local_host *host, const Kvloom__V1__HostTask *task,
+                                          Kvloom__V1__HostReply **reply, kvl_error *error);
+
+/* The same with a store of its own, everything else by default. */
 
 /* Owns     *host: ended with kvl_local_host_stop
  * Errors   those of kvl_host_create; KVL_ERR_IO (no temporary directory, no thread) */

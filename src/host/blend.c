@@ -32,13 +32,18 @@ static uint32_t merge(const uint32_t *computed, uint32_t n_computed, const uint3
     return n;
 }
 
-static kvl_status score(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t n_computed,
-                        float *scores, kvl_error *error)
+/* Attention from the rows behind the last run, by position. */
+static kvl_status attend(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t n_computed,
+                         float *scores, kvl_error *error)
 {
     const kvl_select_run *last = &runs[n_runs - 1];
-    if (r->select->score == KVL_SELECT_QUERY_ATTENTION)
-        return kvl_session_attention(r->session, r->positions, n_computed, last->first + last->n,
-                                     scores, error);
+    return kvl_session_attention(r->session, r->positions, n_computed, last->first + last->n,
+                                 scores, error);
+}
+
+static kvl_status deviate(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t n_computed,
+                          float *scores, kvl_error *error)
+{
     uint32_t *all = kvl_alloc_zero(2 * r->n_ids, sizeof *all);
     if (all == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to score a prompt");
     uint32_t *placed = all + r->n_ids;
@@ -52,10 +57,39 @@ static kvl_status score(run *r, const kvl_select_run *runs, size_t n_runs, uint3
     return status;
 }
 
+/* Attention first: the pass of deviations replaces what it would look at. */
+static kvl_status score(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t n_computed,
+                        float *scores, kvl_error *error)
+{
+    if (r->select->score == KVL_SELECT_QUERY_ATTENTION)
+        return attend(r, runs, n_runs, n_computed, scores, error);
+    if (r->select->score == KVL_SELECT_DEVIATION)
+        return deviate(r, runs, n_runs, n_computed, scores, error);
+    float *attended = kvl_alloc_zero(r->n_ids, sizeof *attended);
+    if (attended == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to score a prompt");
+    kvl_status status = attend(r, runs, n_runs, n_computed, attended, error);
+    if (status == KVL_OK) status = deviate(r, runs, n_runs, n_computed, scores, error);
+    for (size_t i = 0; status == KVL_OK && i < r->n_ids; i++) scores[i] *= attended[i];
+    kvl_free(attended);
+    return status;
+}
+
+/* Rows before the first placed one have seen nothing approximate: the pass of the scores has left
+ * them as they are. */
+static void drop_final(run *r, uint32_t first_placed, uint32_t *n)
+{
+    uint32_t n_final = 0;
+    while (n_final < *n && r->positions[n_final] < first_placed) n_final++;
+    if (n_final == *n) return;
+    *n -= n_final;
+    memmove(r->positions, r->positions + n_final, *n * sizeof *r->positions);
+}
+
 static kvl_status choose(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t *n,
                          uint32_t *chosen, uint32_t *all, float *scores, kvl_error *error)
 {
     if (r->select->score != KVL_SELECT_NO_SCORE) KVL_TRY(score(r, runs, n_runs, *n, scores, error));
+    if (r->select->score == KVL_SELECT_QUERY_ATTENTION) drop_final(r, runs[0].first, n);
     uint32_t n_chosen = 0;
     KVL_TRY(kvl_select_tokens(r->select, runs, n_runs, scores, chosen, &n_chosen, error));
     *n = merge(r->positions, *n, chosen, n_chosen, all);

@@ -30,6 +30,14 @@ uint32_t kvl_draw_token(const float *logits, uint32_t n_vocab, float temperature
     return best;
 }
 
+float kvl_top_probability(const float *logits, uint32_t n_vocab)
+{
+    const float most = logits[highest(logits, n_vocab)];
+    double sum = 0.0;
+    for (uint32_t id = 0; id < n_vocab; id++) sum += exp((double)(logits[id] - most));
+    return (float)(1.0 / sum);
+}
+
 kvl_status kvl_decode(kvl_session *session, kvl_engine *engine, const kvl_decode_options *options,
                       float *logits, uint32_t *n_tokens, bool *ended, kvl_error *error)
 {

@@ -21,6 +21,9 @@ typedef struct kvl_decode_options {
 uint32_t kvl_draw_token(const float *logits, uint32_t n_vocab, float temperature,
                         kvl_random *random);
 
+/* Probability of the likeliest token. */
+float kvl_top_probability(const float *logits, uint32_t n_vocab);
+
 /* Decodes an answer behind everything that the session holds.
  * logits   [n_vocab]: of the last token of the prompt; overwritten
  * *n_tokens  tokens appended to the session: without the one that ended the answer

@@ -2,6 +2,7 @@
 #include "host/engine.h"
 
 #include "base/alloc.h"
+#include "host/load.h"
 
 /* One prompt that runs, one that is compared with it, and as much again in the prefix tree. */
 enum { CONTEXTS_OF_PAGES = 3 };
@@ -76,6 +77,7 @@ kvl_status kvl_engine_create(const kvl_engine_options *options, kvl_engine **eng
 void kvl_engine_destroy(kvl_engine *engine)
 {
     if (engine == NULL) return;
+    kvl_loader_destroy(engine->loader);
     kvl_forward_destroy(engine->forward);
     if (engine->tree != NULL) kvl_prefix_tree_destroy(engine->tree);
     if (engine->pool != NULL) kvl_page_pool_destroy(engine->pool);

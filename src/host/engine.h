@@ -24,6 +24,7 @@ typedef struct kvl_engine {
     kvl_page_pool *pool;
     kvl_prefix_tree *tree;
     kvl_forward *forward;
+    struct kvl_loader *loader; /* NULL until something was loaded */
     const kvl_model_shape *shape;
     uint32_t n_positions;
 } kvl_engine;
@@ -106,5 +107,36 @@ typedef struct kvl_placement {
 
 /* The positions are the session's, and their pages its own. */
 void kvl_session_place(kvl_session *session, const kvl_placement *placement);
+
+/* A segment's tokens token_first .. token_first + n - 1 that go to position_first and so on. */
+typedef struct kvl_session_load {
+    const kvl_container *container; /* its blocks are checked; borrowed until the loading ends */
+    uint32_t token_first;
+    uint32_t position_first;
+    uint32_t n;
+} kvl_session_load;
+
+/* When layers were loaded, and done by the first pass over them, since loading began. */
+typedef struct kvl_load_times {
+    int64_t busy_ns, wait_ns;                      /* of the loading thread; of the engine's */
+    int64_t loaded_ns[KVL_CONTAINER_LAYERS_MAX];   /* [layers of the model] */
+    int64_t computed_ns[KVL_CONTAINER_LAYERS_MAX]; /* 0: no pass came by */
+} kvl_load_times;
+
+/* Whether the engine's pages are in the host's memory: then segments can be loaded by another
+ * thread. */
+bool kvl_engine_loads(const kvl_engine *engine);
+
+/* Begins to place segments, layer by layer, on the engine's loading thread. The passes that follow
+ * (kvl_session_compute, _attention, _deviation) wait for each layer until it is in its pages, so
+ * that layer l + 1 is loaded while layer l is computed. Only where kvl_engine_loads; one session
+ * at a time.
+ * loads    [n], copied
+ * Errors   KVL_ERR_NO_MEMORY; KVL_ERR_FOREIGN, KVL_ERR_DAMAGED (a segment that does not fit the
+ *          model): nothing was begun */
+KVL_MUST_USE kvl_status kvl_session_load_begin(kvl_session *session, const kvl_session_load *loads,
+                                               size_t n, kvl_error *error);
+/* Waits for everything, and ends the loading; nothing where none was begun. *times may be NULL. */
+void kvl_session_load_end(kvl_session *session, kvl_load_times *times);
 
 #endif /* KVL_HOST_ENGINE_H */

@@ -60,6 +60,22 @@ static double log_sum_exp(const float *logits, uint32_t n, uint32_t *best)
     return (double)logits[*best] + log(sum);
 }
 
+double divergence(const float *full, const float *reused, uint32_t n_vocab, bool *agrees)
+{
+    uint32_t best_full = 0;
+    uint32_t best_reused = 0;
+    const double norm_full = log_sum_exp(full, n_vocab, &best_full);
+    const double norm_reused = log_sum_exp(reused, n_vocab, &best_reused);
+    double kl = 0.0;
+    for (uint32_t i = 0; i < n_vocab; i++) {
+        const double log_full = (double)full[i] - norm_full;
+        kl += exp(log_full) * (log_full - ((double)reused[i] - norm_reused));
+    }
+    *agrees = best_full == best_reused;
+    /* Rounding can leave a sum of nothing slightly below zero. */
+    return kl > 0.0 ? kl : 0.0;
+}
+
 typedef struct comparison {
     const float *full, *reused; /* [n_positions][n_vocab] */
     uint32_t n_vocab;
@@ -71,20 +87,8 @@ static void compare_position(void *context, size_t at, size_t thread)
 {
     (void)thread;
     const comparison *c = context;
-    const float *full = c->full + at * c->n_vocab;
-    const float *reused = c->reused + at * c->n_vocab;
-    uint32_t best_full = 0;
-    uint32_t best_reused = 0;
-    const double norm_full = log_sum_exp(full, c->n_vocab, &best_full);
-    const double norm_reused = log_sum_exp(reused, c->n_vocab, &best_reused);
-    double kl = 0.0;
-    for (uint32_t i = 0; i < c->n_vocab; i++) {
-        const double log_full = (double)full[i] - norm_full;
-        kl += exp(log_full) * (log_full - ((double)reused[i] - norm_reused));
-    }
-    /* Rounding can leave a sum of nothing slightly below zero. */
-    c->kl[at] = kl > 0.0 ? kl : 0.0;
-    c->agrees[at] = best_full == best_reused;
+    c->kl[at] = divergence(c->full + at * c->n_vocab, c->reused + at * c->n_vocab, c->n_vocab,
+                           &c->agrees[at]);
 }
 
 static void summarise(run *r, const float *reused, Kvloom__V1__Evaluation *evaluation, double *kl,

@@ -5,6 +5,7 @@
 #include "base/log.h"
 #include "host/host_parts.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -23,6 +24,7 @@ kvl_host_options kvl_host_default_options(void)
         .anchors = kvl_anchor_default_options(),
         /* Half of float16's bytes to fetch and to keep, at a KL below 0.001 to full prefill. */
         .segment_dtype = KVL_KV_INT8,
+        .audit_share = 0.05,
     };
 }
 
@@ -45,32 +47,6 @@ static void accept_task(void *context, uint64_t id, const void *body, size_t n_b
     kvl_free(task);
     kvl_exchange_reply(host->exchange, id, status, "this host has no room for another task", NULL,
                        0);
-}
-
-/* The canonical header is the chat template's own opening before a user's text. */
-static kvl_status find_home_ids(kvl_host *host, kvl_error *error)
-{
-    const kvl_message message = {"user", "text", 4};
-    kvl_prompt prompt = {0};
-    kvl_status status = kvl_chat_render(kvl_model_chat_template(host->engine->model),
-                                        kvl_model_tokenizer(host->engine->model), &message, 1,
-                                        false, &prompt, error);
-    if (status == KVL_OK) {
-        KVL_ASSERT(prompt.n_parts > 0 && prompt.parts[0].message < 0);
-        host->n_home_ids = prompt.parts[0].n_tokens;
-        host->home_ids = kvl_alloc_zero(host->n_home_ids, sizeof *host->home_ids);
-        if (host->home_ids == NULL) {
-            status = KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for the header");
-        } else {
-            memcpy(host->home_ids, prompt.ids, host->n_home_ids * sizeof *host->home_ids);
-        }
-    }
-    kvl_prompt_deinit(&prompt);
-    if (status != KVL_OK) return status;
-    const kvl_digest nothing = {{0}};
-    host->home = kvl_segment_id(host->tenant_key, &host->fingerprint, &nothing, host->home_ids,
-                                host->n_home_ids);
-    return KVL_OK;
 }
 
 static kvl_status open_store(kvl_host *host, const kvl_host_options *options, kvl_error *error)
@@ -136,7 +112,7 @@ static void load_anchors(kvl_host *host)
     kvl_free(found.ids);
 }
 
-static void do_waiting_tasks(void *context);
+static bool do_waiting_tasks(void *context, bool is_idle);
 
 static kvl_status create_parts(kvl_host *host, const kvl_host_options *options, kvl_error *error)
 {
@@ -144,8 +120,11 @@ static kvl_status create_parts(kvl_host *host, const kvl_host_options *options, 
     host->fingerprint = kvl_model_fingerprint(host->engine->model);
     host->logits = kvl_alloc_aligned(host->engine->shape->n_vocab * sizeof(float));
     if (host->logits == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for logits");
-    KVL_TRY(find_home_ids(host, error));
+    KVL_TRY(host_homes_init(host, error));
     KVL_TRY(open_store(host, options, error));
+    char model[KVL_DIGEST_TEXT_BYTES];
+    KVL_TRY(quality_init(&host->quality, options->store_path, options->audit_share,
+                         kvl_digest_to_text(&host->fingerprint, model), error));
     kvl_anchor_options anchors = options->anchors;
     anchors.threads = host->engine->threads;
     KVL_TRY(kvl_anchor_pool_create(&anchors, &host->anchors, error));
@@ -179,8 +158,11 @@ kvl_status kvl_host_create(const kvl_host_options *options, kvl_host **host, kvl
     kvl_host *made = kvl_alloc_zero(1, sizeof *made);
     if (made == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a host");
     made->clock = kvl_clock_system();
+    (void)pthread_mutex_init(&made->seen.lock, NULL);
     made->segment_dtype = options->segment_dtype;
     made->rates = host_first_rates();
+    made->stream = options->stream;
+    made->stream_context = options->stream_context;
     memcpy(made->tenant_key, options->tenant_key, sizeof made->tenant_key);
     memcpy(made->name, options->name, strlen(options->name) + 1);
     kvl_log_set_host(options->name);
@@ -205,14 +187,18 @@ void kvl_host_destroy(kvl_host *host)
     }
     kvl_queue_destroy(host->tasks);
     kvl_service_destroy(host->service);
+    heal_deinit(host);
+    if (host->quality.path != NULL) host_save_quality(host);
+    quality_deinit(&host->quality);
     kvl_anchor_pool_destroy(host->anchors);
     if (host->store != NULL) host->store->ops->destroy(host->store);
     for (size_t i = 0; i < KVL_PARTS_MAX; i++) kv_buffer_deinit(&host->bases[i]);
     kv_buffer_deinit(&host->corrected);
     reference_deinit(&host->reference);
     kvl_free(host->logits);
-    kvl_free(host->home_ids);
+    host_homes_deinit(host);
     kvl_engine_destroy(host->engine);
+    (void)pthread_mutex_destroy(&host->seen.lock);
     kvl_free(host);
 }
 
@@ -254,7 +240,33 @@ static kvl_status keep_container(kvl_host *host, const ProtobufCBinaryData *aske
     return status;
 }
 
-static void fill_status(kvl_host *host, Kvloom__V1__StatusReply *status)
+void host_save_quality(const kvl_host *host)
+{
+    char model[KVL_DIGEST_TEXT_BYTES];
+    quality_save(&host->quality, kvl_digest_to_text(&host->fingerprint, model));
+}
+
+static kvl_status forget(kvl_host *host, const Kvloom__V1__ForgetTask *asked, uint32_t *n_forgotten,
+                         kvl_error *error)
+{
+    if (asked->n_ids > KVL_FORGET_MAX)
+        return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "%zu ids to forget, at most %u at once",
+                        asked->n_ids, KVL_FORGET_MAX);
+    *n_forgotten = 0;
+    for (size_t i = 0; i < asked->n_ids; i++) {
+        kvl_digest id;
+        if (asked->ids[i].len != KVL_DIGEST_BYTES)
+            return KVL_FAIL(error, KVL_ERR_INVALID, "id %zu has %zu bytes, must have %u", i,
+                            asked->ids[i].len, KVL_DIGEST_BYTES);
+        memcpy(id.bytes, asked->ids[i].data, sizeof id.bytes);
+        const kvl_status status = host->store->ops->remove(host->store, &id, error);
+        if (status != KVL_OK && status != KVL_ERR_NOT_FOUND) return status;
+        *n_forgotten += status == KVL_OK ? 1 : 0;
+    }
+    return KVL_OK;
+}
+
+static kvl_status fill_status(kvl_host *host, Kvloom__V1__StatusReply *status, kvl_error *error)
 {
     kvl_anchor_stats anchors = {0};
     kvl_tier_stats store = {0};
@@ -268,6 +280,27 @@ static void fill_status(kvl_host *host, Kvloom__V1__StatusReply *status)
     status->free_pages = kvl_page_pool_n_free(host->engine->pool);
     status->tree_pages = kvl_prefix_tree_n_pages(host->engine->tree);
     status->model = (char *)(uintptr_t)host->engine->shape->name;
+    const heal_queue *heals = &host->heals;
+    status->healed = heals->n_healed;
+    status->heals_waiting = heals->n;
+    status->heals_dropped = heals->n_dropped;
+    status->heals_failed = heals->n_failed;
+    status->healed_tokens = heals->n_tokens;
+    status->differed_tokens = heals->n_differed;
+    return quality_fill_status(&host->quality, status, error);
+}
+
+static kvl_status ask_heal(kvl_host *host, const Kvloom__V1__HealTask *asked,
+                           Kvloom__V1__HealReply *healing, kvl_error *error)
+{
+    kvl_digest home;
+    if (asked->home.len != sizeof home.bytes)
+        return KVL_FAIL(error, KVL_ERR_INVALID, "the home has %zu bytes, must have %u",
+                        asked->home.len, KVL_DIGEST_BYTES);
+    memcpy(home.bytes, asked->home.data, sizeof home.bytes);
+    heal_wait(host, &home, (int64_t)asked->wait_ms * KVL_NS_PER_MS);
+    heal_tell(host, &home, healing);
+    return KVL_OK;
 }
 
 static void do_task(kvl_host *host, const waiting_task *task)
@@ -277,6 +310,7 @@ static void do_task(kvl_host *host, const waiting_task *task)
     Kvloom__V1__HostReply answer = KVLOOM__V1__HOST_REPLY__INIT;
     Kvloom__V1__RunReply ran = KVLOOM__V1__RUN_REPLY__INIT;
     Kvloom__V1__StatusReply state = KVLOOM__V1__STATUS_REPLY__INIT;
+    Kvloom__V1__HealReply healing = KVLOOM__V1__HEAL_REPLY__INIT;
     kvl_status status = KVL_OK;
     switch (asked == NULL ? KVLOOM__V1__HOST_TASK__WHAT__NOT_SET : asked->what_case) {
     case KVLOOM__V1__HOST_TASK__WHAT_RUN:
@@ -290,9 +324,18 @@ static void do_task(kvl_host *host, const waiting_task *task)
         answer.kept = true;
         break;
     case KVLOOM__V1__HOST_TASK__WHAT_STATUS:
-        fill_status(host, &state);
+        status = fill_status(host, &state, &error);
         answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_STATUS;
         answer.status = &state;
+        break;
+    case KVLOOM__V1__HOST_TASK__WHAT_HEAL:
+        status = ask_heal(host, asked->heal, &healing, &error);
+        answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_HEAL;
+        answer.heal = &healing;
+        break;
+    case KVLOOM__V1__HOST_TASK__WHAT_FORGET:
+        status = forget(host, asked->forget, &answer.forgotten, &error);
+        answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_FORGOTTEN;
         break;
     case KVLOOM__V1__HOST_TASK__WHAT_STOP:
         host->stopping = true;
@@ -302,21 +345,37 @@ static void do_task(kvl_host *host, const waiting_task *task)
     default:
         status = KVL_FAIL(&error, KVL_ERR_MALFORMED, "this task is not one that this host knows");
     }
+    host_show(host); /* before the reply, so that who has it sees what came of it */
     reply(host, task->id, status, &error, &answer);
     host_reply_deinit(&ran);
+    quality_free_status(&state);
     if (asked != NULL) kvloom__v1__host_task__free_unpacked(asked, NULL);
 }
 
-static void do_waiting_tasks(void *context)
+static bool heal_when_idle(kvl_host *host)
+{
+    const bool has_more = heal_step(host);
+    host_show(host);
+    return has_more;
+}
+
+/* Heals where there is nothing else to do; true while some of that is left. */
+static bool do_waiting_tasks(void *context, bool is_idle)
 {
     kvl_host *host = context;
     while (!host->stopping) {
         waiting_task *task = kvl_queue_try_pop(host->tasks);
-        if (task == NULL) return;
+        if (task == NULL) return is_idle && heal_when_idle(host);
         do_task(host, task);
         kvl_free(task);
     }
     kvl_service_stop(host->service);
+    return false;
+}
+
+const kvl_model *kvl_host_model(const kvl_host *host)
+{
+    return host->engine->model;
 }
 
 kvl_service *kvl_host_service(kvl_host *host)
@@ -330,16 +389,23 @@ void kvl_host_run(kvl_host *host)
         kvl_service_run(host->service);
         return;
     }
+    bool heals = false;
     while (!host->stopping) {
-        waiting_task *task = kvl_queue_pop(host->tasks);
-        if (task == NULL) return;
+        waiting_task *task = heals ? kvl_queue_try_pop(host->tasks) : kvl_queue_pop(host->tasks);
+        if (task == NULL && !heals) return;
+        if (task == NULL) {
+            heals = heal_when_idle(host) && !atomic_load(&host->is_closed);
+            continue;
+        }
         do_task(host, task);
         kvl_free(task);
+        heals = host->heals.first != NULL;
     }
 }
 
 void kvl_host_stop(kvl_host *host)
 {
+    atomic_store(&host->is_closed, true);
     kvl_queue_close(host->tasks);
     if (host->service != NULL) kvl_service_stop(host->service);
 }

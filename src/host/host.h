@@ -26,10 +26,16 @@ typedef struct kvl_host_options {
     /* With a service (host/service.h) its answers and this host's tasks share the engine thread:
      * a task runs between two steps. NULL: none. */
     const kvl_scheduler_options *scheduler;
+    double audit_share; /* of reused requests that are computed in full when idle; 0 .. 1 */
+    /* Called on the engine thread with the text of each token of an answer as it is drawn, may be
+     * NULL: for a program that has a host of its own. Not for full runs, nor for verified and
+     * gated ones, whose tokens are not final yet. The bytes may end inside of a character. */
+    void (*stream)(void *context, const char *bytes, size_t n_bytes);
+    void *stream_context;
     uint8_t tenant_key[KVL_TENANT_KEY_BYTES];
 } kvl_host_options;
 
-/* Everything off but the sizes: 4 GiB of store, 1 GiB of memory, int8 segments. */
+/* Everything off but the sizes: 4 GiB of store, 1 GiB of memory, int8 segments; 5 % are audited. */
 kvl_host_options kvl_host_default_options(void);
 
 typedef struct kvl_host kvl_host;
@@ -41,8 +47,15 @@ KVL_MUST_USE kvl_status kvl_host_create(const kvl_host_options *options, kvl_hos
                                         kvl_error *error);
 void kvl_host_destroy(kvl_host *host);
 
+/* Borrowed until the host is destroyed; it is immutable, for any thread. */
+const kvl_model *kvl_host_model(const kvl_host *host);
+
 /* NULL where the options asked for none. */
 kvl_service *kvl_host_service(kvl_host *host);
+
+/* What this host has healed, gated and audited, as Prometheus text 0.0.4. Any thread.
+ * Owns     the text: ended with kvl_free; NULL without memory */
+char *kvl_host_metrics_text(kvl_host *host);
 
 /* Does tasks until a client's stop task or kvl_host_stop. */
 void kvl_host_run(kvl_host *host);

@@ -5,12 +5,20 @@
 #include "base/clock.h"
 #include "base/queue.h"
 #include "host.pb-c.h"
+#include "host/check.h"
+#include "host/heal.h"
 #include "host/host.h"
+#include "host/quality.h"
 #include "reuse/planner.h"
 #include "reuse/select.h"
 
+#include <pthread.h>
+
 #define KVL_PARTS_MAX 64u
 #define KVL_SLOT_NAME_MAX 32u
+#define KVL_FORGET_MAX 1024u
+/* Primers that a host remembers: one a collection that is asked now. */
+#define KVL_PRIMERS_MAX 8u
 
 /* Float rows of KV of a run of tokens, all layers: [n_layers][n_tokens][n_kv_heads][head_dim].
  * Grown as needed and kept: first touch of fresh memory costs more than filling it. */
@@ -28,6 +36,24 @@ typedef struct reference {
     uint32_t n_positions, n_positions_max;
 } reference;
 
+/* What other threads may look at: a copy, filled by the engine thread. */
+typedef struct host_seen {
+    pthread_mutex_t lock;
+    uint64_t n_waiting, n_healed, n_dropped, n_failed, n_tokens, n_differed;
+    uint64_t n_gated, n_healed_first, n_audits, n_audits_skipped;
+    uint32_t n_rows;
+    quality_row rows[QUALITY_KEYS_MAX * KVL_ACTIONS];
+} host_seen;
+
+/* What slots' texts are computed behind. Different homes give different ids, so that segments of
+ * several stand side by side in one store and never mix. */
+typedef struct host_home {
+    kvl_digest id; /* zero: behind nothing */
+    uint32_t *ids; /* [n_ids] */
+    uint32_t n_ids;
+    uint64_t last_use; /* of a primer */
+} host_home;
+
 struct kvl_host {
     kvl_engine *engine;
     kvl_tier *store;  /* the stack of memory and LMDB */
@@ -38,18 +64,25 @@ struct kvl_host {
     kvl_service *service; /* or NULL */
     const kvl_clock *clock;
     kvl_kv_dtype segment_dtype;
+    void (*stream)(void *context, const char *bytes, size_t n_bytes);
+    void *stream_context;
     uint8_t tenant_key[KVL_TENANT_KEY_BYTES];
     char name[KVL_SLOT_NAME_MAX];
     kvl_digest fingerprint;
-    uint32_t *home_ids; /* the canonical header that slots' texts are computed behind */
-    uint32_t n_home_ids;
-    kvl_digest home;                /* its id */
+    host_home nothing;
+    host_home header; /* the chat template's own opening */
+    host_home primers[KVL_PRIMERS_MAX];
+    uint64_t n_primer_uses;
     kv_buffer bases[KVL_PARTS_MAX]; /* of each slot of the run */
     kv_buffer corrected;
     float *logits; /* [n_vocab] */
     reference reference;
     kvl_plan_rates rates; /* measured on this host, refreshed by every run */
+    heal_queue heals;
+    quality_book quality;
+    host_seen seen;
     bool stopping;
+    _Atomic bool is_closed; /* kvl_host_stop: what waits is not healed any more */
 };
 
 /* One part of a prompt as the host sees it. */
@@ -57,11 +90,12 @@ typedef struct run_part {
     const Kvloom__V1__PromptPart *asked;
     uint32_t first, n_tokens;
     bool is_slot;
-    bool is_canonical; /* its home is the canonical header */
+    bool is_canonical; /* its home is the run's, which everybody can compute behind */
     uint32_t slot;     /* number of the slot in the template */
     kvl_digest home, id;
     kvl_container *container; /* its KV at home, once it is had; a reference */
     bool is_missing;          /* an answer that was asked for and is not to be had */
+    bool is_unhealed;         /* `container` is an answer whose own KV was approximate */
     char from[KVL_SLOT_NAME_MAX];
     uint64_t fetched_bytes;
     kvl_anchor_match match;
@@ -75,6 +109,7 @@ typedef struct run {
     size_t n_ids;
     run_part parts[KVL_PARTS_MAX];
     uint32_t n_parts;
+    const host_home *home; /* of slots that bring none; the host's */
     kvl_digest template_id;
     uint64_t salt;
     kvl_session *session;
@@ -82,13 +117,26 @@ typedef struct run {
     uint32_t *positions;             /* [n_ids] scratch: what is computed */
     const kvl_select_policy *select; /* NULL: nothing is blended */
     uint32_t n_recomputed, n_corrected;
+    uint32_t n_read; /* slots computed at home */
     bool is_verified;
-    bool is_exact; /* only shared and computed: the answer must be that of a full prefill */
+    /* What the gate and audits need to know of the answer; sent.tokens is NULL where none asks. */
+    kvl_sent_answer sent;
+    float lowest_probability; /* of the likeliest token, over the answer */
+    float *sent_logits;       /* [n_sent_logits][n_vocab] before the first tokens; NULL: no audit */
+    uint32_t n_sent_logits;
+    uint32_t n_filled; /* positions that run_fill computed, in `positions` */
+    float gate_score, gate_bar;
+    bool is_gated, is_healed_first;
+    int64_t gate_ns;
+    bool is_healing;       /* in the queue of those that are healed behind the answer */
+    double expected_error; /* of the plan, nats */
+    bool is_exact;         /* only shared and computed: the answer must be that of a full prefill */
     /* Outcome. */
     uint32_t n_answer;
     bool ended;
     int64_t start_ns, first_token_ns, end_ns;
-    int64_t fetch_ns, correct_ns, place_ns, select_ns, compute_ns, verify_ns;
+    int64_t fetch_ns, correct_ns, place_ns, select_ns, compute_ns, verify_ns, wait_ns;
+    kvl_load_times *load_times; /* NULL: nothing was loaded beside the computing */
     kvl_digest answer_home;
     kvl_digest *anchors; /* [KVL_PARTS_MAX] measured in this run */
     uint32_t n_anchors, n_wrong;
@@ -106,6 +154,17 @@ kvl_kv_view kv_buffer_view(const kv_buffer *buffer, const kvl_model_shape *shape
 KVL_MUST_USE kvl_status kv_buffer_load(kv_buffer *buffer, kvl_engine *engine,
                                        const kvl_container *container, kvl_error *error);
 
+/* host/home.c */
+/* Has the header's ids. */
+KVL_MUST_USE kvl_status host_homes_init(kvl_host *host, kvl_error *error);
+void host_homes_deinit(kvl_host *host);
+/* The home that a task asks for; a new primer takes the place of the one not used for longest.
+ * Borrowed until the next task.
+ * Errors   KVL_ERR_INVALID (no such home; a primer without "primer", or the other way round),
+ *          KVL_ERR_TOO_LARGE, KVL_ERR_NOT_FOUND (an id of a primer that is not remembered) */
+KVL_MUST_USE kvl_status host_home_find(kvl_host *host, const Kvloom__V1__RunTask *task,
+                                       const host_home **home, kvl_error *error);
+
 /* host/prompt.c: parts of the task to ids; `run` keeps what it makes until run_deinit. */
 KVL_MUST_USE kvl_status run_init(run *r, kvl_host *host, const Kvloom__V1__RunTask *task,
                                  kvl_error *error);
@@ -117,14 +176,21 @@ void run_deinit(run *r);
 KVL_MUST_USE kvl_status run_resolve(run *r, bool may_compute, kvl_error *error);
 
 /* host/publish.c */
+typedef struct host_publication {
+    uint32_t first, n; /* positions */
+    kvl_digest home;
+    bool is_canonical, is_unhealed;
+} host_publication;
 /* KV of positions first .. first + n - 1 as a sealed segment, stored and announced. */
-KVL_MUST_USE kvl_status host_publish(kvl_host *host, kvl_session *session, uint32_t first,
-                                     uint32_t n, const kvl_digest *home, bool is_canonical,
-                                     kvl_container **container, kvl_error *error);
+KVL_MUST_USE kvl_status host_publish(kvl_host *host, kvl_session *session,
+                                     const host_publication *what, kvl_container **container,
+                                     kvl_error *error);
 /* Measures anchors of every slot that none covers yet, from the exact prompt of the session. */
 KVL_MUST_USE kvl_status run_measure_anchors(run *r, kvl_error *error);
 
 /* host/reuse.c */
+/* Moves a measured rate towards amount / ms. */
+void host_learn_rate(double *rate, double amount, double ms);
 /* What the planner believes before anything was measured here. */
 kvl_plan_rates host_first_rates(void);
 /* Chooses what to do with each part: matches anchors where KV at home was resolved. */
@@ -139,11 +205,43 @@ KVL_MUST_USE kvl_status run_fill(run *r, bool with_anchors, kvl_error *error);
  * that the run's policy chooses. Nothing happens without blended parts. */
 KVL_MUST_USE kvl_status run_select(run *r, uint32_t *n, kvl_error *error);
 
+/* host/resolve.c: the segment `id` from a peer, kept in memory; part->container stays NULL where
+ * nobody has it. */
+void run_fetch(run *r, run_part *part, const kvl_digest *id);
+
+/* host/heal_read.c: the KV of another agent's answer from store or peers: the exact one where it is
+ * to be had, or comes within the time that the task gives it; else, unless the task's quality is
+ * one that is checked, the unhealed one. */
+void run_find_answer(run *r, run_part *part);
+
+/* host/run.c: a copy of prompt and answer; sent->tokens ended with kvl_free. */
+KVL_MUST_USE kvl_status run_copy_sent(const run *r, kvl_sent_answer *sent, kvl_error *error);
+
+/* host/gate.c: where the task asks for it, a second cache with more recompute is asked for the same
+ * answer; if the two do not agree, or are not sure enough, the run is verified. */
+KVL_MUST_USE kvl_status run_gate(run *r, kvl_error *error);
+
+/* host/host_metrics.c: other threads see what is known now. */
+void host_show(kvl_host *host);
+
+/* host/host.c */
+void host_save_quality(const kvl_host *host);
+
+/* host/audit.c */
+/* Draws whether this run is audited, and has memory for what that needs; called before decoding. */
+void run_begin_audit(run *r);
+/* Notes what a token was drawn from, for gate and audit. */
+void run_watch(run *r, const float *logits);
+/* Heals behind the answer, audits, or both: what is due waits in the host's queue. */
+void run_check_later(run *r);
+
 /* host/verify.c: prefills the prompt in full, checks the answer in one pass and decodes anew from
  * the first token that differs. The run's session is the exact one from then on. */
 KVL_MUST_USE kvl_status run_verify(run *r, kvl_error *error);
 
 /* host/evaluate.c */
+/* KL(full || reused) of two rows of logits [n_vocab]; whether their likeliest token is the same. */
+double divergence(const float *full, const float *reused, uint32_t n_vocab, bool *agrees);
 void reference_deinit(reference *kept);
 KVL_MUST_USE kvl_status reference_begin(reference *kept, const run *r, kvl_error *error);
 void reference_add(reference *kept, uint32_t n_vocab, const float *logits);

@@ -30,13 +30,13 @@ static kvl_status add_ids_of_part(run *r, const Kvloom__V1__PromptPart *asked, k
                         asked->text.len, is_template, &r->ids, &r->n_ids, error);
 }
 
-/* An answer carries the context that it was decoded in; other texts are computed behind the
- * canonical header, so everybody who has the text has the same id. */
+/* An answer carries the context that it was decoded in; other texts are computed behind the run's
+ * home, so everybody who has the text has the same id. */
 static kvl_status find_home(run *r, run_part *part, kvl_error *error)
 {
     const Kvloom__V1__PromptPart *asked = part->asked;
     part->is_canonical = asked->home.len == 0;
-    part->home = r->host->home;
+    part->home = r->home->id;
     if (!part->is_canonical) {
         if (asked->home.len != KVL_DIGEST_BYTES)
             return KVL_FAIL(error, KVL_ERR_INVALID,
@@ -79,6 +79,9 @@ static kvl_digest identify_template(const run *r)
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         kvl_digester_add(&digester, names[i], strlen(names[i]) + 1);
     kvl_digester_add(&digester, r->host->fingerprint.bytes, KVL_DIGEST_BYTES);
+    /* An anchor is KV in context less KV at home: of another home it is another anchor. */
+    if (r->home != &r->host->header)
+        kvl_digester_add(&digester, r->home->id.bytes, KVL_DIGEST_BYTES);
     for (uint32_t p = 0; p < r->n_parts; p++) {
         const run_part *part = &r->parts[p];
         kvl_digester_add_u64(&digester, part->is_slot ? UINT64_MAX : part->n_tokens);
@@ -118,6 +121,7 @@ kvl_status run_init(run *r, kvl_host *host, const Kvloom__V1__RunTask *task, kvl
         return KVL_FAIL(error, KVL_ERR_TOO_LARGE,
                         "workflow and template_name have at most 64 bytes");
     KVL_TRY(find_policy(r, error));
+    KVL_TRY(host_home_find(host, task, &r->home, error));
     uint32_t n_slots = 0;
     for (size_t p = 0; p < task->n_parts; p++)
         KVL_TRY(add_part(r, task->parts[p], &n_slots, error));
@@ -132,9 +136,14 @@ kvl_status run_init(run *r, kvl_host *host, const Kvloom__V1__RunTask *task, kvl
 
 void run_deinit(run *r)
 {
+    /* A run that failed may still be loading out of its containers. */
+    if (r->session != NULL) kvl_session_load_end(r->session, NULL);
     for (uint32_t p = 0; p < r->n_parts; p++) kvl_container_release(r->parts[p].container);
     kvl_session_destroy(r->session);
     kvl_free(r->ids);
     kvl_free(r->positions);
     kvl_free(r->anchors);
+    kvl_free(r->sent.tokens);
+    kvl_free(r->sent_logits);
+    kvl_free(r->load_times);
 }

@@ -36,18 +36,20 @@ static void keep(kvl_host *host, kvl_container *container)
     kvl_exchange_announce(host->exchange, &info->id, info->kind);
 }
 
-kvl_status host_publish(kvl_host *host, kvl_session *session, uint32_t first, uint32_t n,
-                        const kvl_digest *home, bool is_canonical, kvl_container **container,
-                        kvl_error *error)
+kvl_status host_publish(kvl_host *host, kvl_session *session, const host_publication *what,
+                        kvl_container **container, kvl_error *error)
 {
     *container = NULL;
+    const uint32_t first = what->first;
+    const uint32_t n = what->n;
     kvl_engine *engine = host->engine;
     const kvl_model_shape *shape = engine->shape;
     kvl_container_info info = {
         .kind = KVL_CONTAINER_SEGMENT,
         .fingerprint = host->fingerprint,
-        .home = *home,
-        .home_is_canonical = is_canonical,
+        .home = what->home,
+        .home_is_canonical = what->is_canonical,
+        .is_unhealed = what->is_unhealed,
         .dtype = host->segment_dtype,
         .n_layers = shape->n_layers,
         .n_kv_heads = shape->n_kv_heads,
@@ -56,7 +58,7 @@ kvl_status host_publish(kvl_host *host, kvl_session *session, uint32_t first, ui
         .pairs = (uint32_t)shape->pairs,
         .tokens = kvl_session_tokens(session) + first,
     };
-    info.id = kvl_segment_id(host->tenant_key, &host->fingerprint, home, info.tokens, n);
+    info.id = kvl_segment_id(host->tenant_key, &host->fingerprint, &what->home, info.tokens, n);
     if (!kvl_segment_block_bytes(info.dtype, info.n_kv_heads, n, info.head_dim, &info.block_bytes))
         return KVL_FAIL(error, KVL_ERR_TOO_LARGE, "a segment of %u tokens is too large", n);
     KVL_TRY(kv_buffer_reserve(&host->corrected, shape, n, error));

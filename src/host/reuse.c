@@ -1,5 +1,6 @@
 /* host/reuse.c: what a prompt's KV is made of: planned, placed, corrected, and the rest computed.
  */
+#include "base/alloc.h"
 #include "host/host_parts.h"
 
 #include <math.h>
@@ -23,12 +24,19 @@ kvl_plan_rates host_first_rates(void)
     };
 }
 
+/* Without anchors nobody looks at KV at home: it goes straight into pages, layer by layer, while
+ * the first layers are computed. */
+static bool loads_beside(const run *r)
+{
+    return r->select != NULL && kvl_engine_loads(r->host->engine);
+}
+
 /* Matches the anchors of one slot against its KV at home, which stays loaded for run_fill. */
 static kvl_status match(run *r, run_part *part, kvl_error *error)
 {
     kvl_host *host = r->host;
     part->match = (kvl_anchor_match){.verdict = KVL_ANCHOR_TOO_FEW};
-    if (part->container == NULL) return KVL_OK;
+    if (part->container == NULL || loads_beside(r)) return KVL_OK;
     KVL_TRY(kv_buffer_load(&host->bases[part->slot], host->engine, part->container, error));
     const kvl_kv_view base =
         kv_buffer_view(&host->bases[part->slot], host->engine->shape, part->n_tokens);
@@ -95,9 +103,14 @@ kvl_status run_plan(run *r, kvl_error *error)
     options.blend = r->select != NULL;
     options.anchors = !options.blend;
     options.all_or_nothing = !options.blend && some_slot_lacks_anchors(r);
+    quality_entry *known =
+        quality_find(&r->host->quality, r->task->workflow, r->task->template_name);
+    options.errors = known->errors;
+    if (r->task->error_budget > 0.0) options.error_budget = r->task->error_budget;
     kvl_plan_totals totals = {0};
     kvl_plan_make(&options, &r->host->rates, about, r->n_parts, steps, &totals);
     for (uint32_t p = 0; p < r->n_parts; p++) r->parts[p].step = steps[p];
+    r->expected_error = totals.error;
     r->is_exact = totals.n_placed == 0 && totals.n_offset == 0 && totals.n_blended == 0;
     r->correct_ns += kvl_clock_now(r->host->clock) - start;
     return KVL_OK;
@@ -123,7 +136,10 @@ static kvl_status reuse_part(run *r, run_part *part, bool with_anchors, kvl_erro
     };
     kvl_session_place(r->session, &placement);
     r->correct_ns += corrected - start;
-    r->place_ns += kvl_clock_now(host->clock) - corrected;
+    const int64_t placed = kvl_clock_now(host->clock) - corrected;
+    r->place_ns += placed;
+    if (placement.n >= TOKENS_THAT_TELL)
+        host_learn_rate(&host->rates.place_tokens_per_ms, placement.n, kvl_ns_to_ms(placed));
     return KVL_OK;
 }
 
@@ -149,18 +165,54 @@ static void learn_prefill(kvl_plan_rates *rates, uint32_t n, double ms)
     rates->prefill_ms_per_token += RATE_WEIGHT * (per_token - rates->prefill_ms_per_token);
 }
 
-kvl_status run_fill(run *r, bool with_anchors, kvl_error *error)
+void host_learn_rate(double *rate, double amount, double ms)
 {
+    if (!(ms > 0.0)) return;
+    *rate += RATE_WEIGHT * (amount / ms - *rate);
+}
+
+static kvl_status begin_loading(run *r, kvl_error *error)
+{
+    const int64_t start = kvl_clock_now(r->host->clock);
+    kvl_session_load loads[KVL_PARTS_MAX];
+    size_t n = 0;
+    for (uint32_t p = 0; p < r->n_parts; p++) {
+        const run_part *part = &r->parts[p];
+        if (part->step.n_reused == 0) continue;
+        loads[n++] = (kvl_session_load){part->container, part->step.n_shared,
+                                        part->first + part->step.n_shared, part->step.n_reused};
+    }
+    if (n == 0) return KVL_OK;
+    r->load_times = kvl_alloc_zero(1, sizeof *r->load_times);
+    if (r->load_times == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a run");
+    KVL_TRY(kvl_session_load_begin(r->session, loads, n, error));
+    if (r->task->load_first) kvl_session_load_end(r->session, r->load_times);
+    r->place_ns += kvl_clock_now(r->host->clock) - start;
+    return KVL_OK;
+}
+
+static kvl_status place_parts(run *r, bool with_anchors, kvl_error *error)
+{
+    if (with_anchors && loads_beside(r)) return begin_loading(r, error);
     for (uint32_t p = 0; p < r->n_parts; p++) {
         if (r->parts[p].step.n_reused > 0)
             KVL_TRY(reuse_part(r, &r->parts[p], with_anchors, error));
     }
+    return KVL_OK;
+}
+
+kvl_status run_fill(run *r, bool with_anchors, kvl_error *error)
+{
+    KVL_TRY(place_parts(r, with_anchors, error));
     uint32_t n = list_computed(r);
     if (with_anchors) KVL_TRY(run_select(r, &n, error));
+    r->n_filled = n;
     const int64_t start = kvl_clock_now(r->host->clock);
     KVL_TRY(kvl_session_compute(r->session, r->positions, n, 1, r->host->logits, error));
     const int64_t took = kvl_clock_now(r->host->clock) - start;
     r->compute_ns += took;
+    kvl_session_load_end(r->session, r->load_times);
+    if (r->load_times != NULL) r->wait_ns = r->load_times->wait_ns;
     learn_prefill(&r->host->rates, n, kvl_ns_to_ms(took));
     return KVL_OK;
 }

@@ -3,7 +3,7 @@
  * MODE_FULL prefills everything and keeps the answer's distributions as the reference. MODE_REUSE
  * resolves, plans, fills, decodes and publishes; then, outside the time to first token, compares
  * with the reference and measures anchors where none covered a slot. MODE_PLAN stops before the
- * work begins. */
+ * work begins. MODE_READ has slots' KV at home and nothing else. */
 #include "base/alloc.h"
 #include "base/log.h"
 #include "host/decode.h"
@@ -29,9 +29,34 @@ static bool anchors_may_cover(const run *r)
 
 static bool keep_reference(void *context, uint32_t token, const float *logits)
 {
-    kvl_host *host = context;
+    kvl_host *host = ((run *)context)->host;
     (void)token;
     reference_add(&host->reference, host->engine->shape->n_vocab, logits);
+    return false;
+}
+
+/* Tokens of an answer that may still be corrected are not told before that. */
+static bool streams(const run *r)
+{
+    return r->host->stream != NULL && !r->task->gate &&
+           r->task->quality != KVLOOM__V1__QUALITY__QUALITY_VERIFIED;
+}
+
+/* Tells the program that has this host of its own. */
+static void pass_on(const kvl_host *host, uint32_t token)
+{
+    const kvl_tokenizer *tokenizer = kvl_model_tokenizer(host->engine->model);
+    if (kvl_tokenizer_is_end(tokenizer, token)) return;
+    size_t n_bytes = 0;
+    const char *bytes = kvl_token_bytes(tokenizer, token, false, &n_bytes);
+    host->stream(host->stream_context, bytes, n_bytes);
+}
+
+static bool watch(void *context, uint32_t token, const float *logits)
+{
+    run *r = context;
+    run_watch(r, logits);
+    if (streams(r)) pass_on(r->host, token);
     return false;
 }
 
@@ -41,8 +66,8 @@ static kvl_status decode(run *r, bool is_full, kvl_error *error)
     const kvl_decode_options options = {
         .max_tokens = r->task->max_tokens,
         .keep_last = !is_full,
-        .drawn = is_full ? keep_reference : NULL,
-        .context = host,
+        .drawn = is_full ? keep_reference : watch,
+        .context = r,
     };
     r->first_token_ns = kvl_clock_now(host->clock);
     KVL_TRY(kvl_decode(r->session, host->engine, &options, host->logits, &r->n_answer, &r->ended,
@@ -96,11 +121,39 @@ static kvl_status keep_exact_prefix(run *r, kvl_error *error)
 static kvl_status publish_answer(run *r, kvl_error *error)
 {
     if (r->n_answer == 0) return KVL_OK;
+    const bool is_exact = r->is_exact || r->is_verified;
+    const host_publication what = {
+        .first = (uint32_t)r->n_ids,
+        .n = r->n_answer,
+        .home = is_exact ? r->answer_home : heal_unhealed_home(r->host, &r->answer_home),
+        .is_unhealed = !is_exact,
+    };
     kvl_container *container = NULL;
-    KVL_TRY(host_publish(r->host, r->session, (uint32_t)r->n_ids, r->n_answer, &r->answer_home,
-                         false, &container, error));
+    KVL_TRY(host_publish(r->host, r->session, &what, &container, error));
     kvl_container_release(container);
     return KVL_OK;
+}
+
+kvl_status run_copy_sent(const run *r, kvl_sent_answer *sent, kvl_error *error)
+{
+    const size_t n = r->n_ids + r->n_answer;
+    sent->tokens = kvl_alloc_zero(n, sizeof *sent->tokens);
+    if (sent->tokens == NULL)
+        return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to check %u tokens", r->n_answer);
+    memcpy(sent->tokens, kvl_session_tokens(r->session), n * sizeof *sent->tokens);
+    sent->n_prompt = (uint32_t)r->n_ids;
+    sent->n_answer = r->n_answer;
+    sent->ended = r->ended;
+    sent->salt = r->salt;
+    return KVL_OK;
+}
+
+/* The answer as it was decoded, for whoever looks at it again. */
+static kvl_status keep_sent(run *r, kvl_error *error)
+{
+    const bool heals = r->task->quality == KVLOOM__V1__QUALITY__QUALITY_HEALED;
+    if (r->is_exact || (!heals && !r->task->gate && r->sent_logits == NULL)) return KVL_OK;
+    return run_copy_sent(r, &r->sent, error);
 }
 
 static void count_wrong_tokens(run *r)
@@ -156,8 +209,10 @@ static void fill_part(const run *r, const run_part *part, Kvloom__V1__PartReport
     report->computed = part->n_tokens - part->step.n_shared - n_reused;
     report->fetched_bytes = part->fetched_bytes;
     report->from = (char *)(uintptr_t)part->from;
+    report->unhealed = part->is_unhealed;
     report->cost_ms = part->step.cost_ms;
     report->compute_ms = part->step.compute_ms;
+    report->error = part->step.error;
     report->n_anchors = part->match.n_anchors;
     report->distance = part->match.distance;
     const char *reason = part->step.reason == NULL ? "" : part->step.reason;
@@ -182,6 +237,15 @@ static kvl_status copy_token_bytes(const run *r, const run_part *part,
     return KVL_OK;
 }
 
+static kvl_status copy_digest(const kvl_digest *from, ProtobufCBinaryData *to, kvl_error *error)
+{
+    to->data = kvl_alloc(KVL_DIGEST_BYTES);
+    if (to->data == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a reply");
+    memcpy(to->data, from->bytes, KVL_DIGEST_BYTES);
+    to->len = KVL_DIGEST_BYTES;
+    return KVL_OK;
+}
+
 /* Copies what the reply needs: the run is gone when it is packed. */
 static kvl_status copy_parts(const run *r, Kvloom__V1__RunReply *reply, kvl_error *error)
 {
@@ -196,6 +260,8 @@ static kvl_status copy_parts(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
         if (report->from == NULL)
             return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a reply");
         KVL_TRY(copy_token_bytes(r, &r->parts[p], report, error));
+        if (r->parts[p].container != NULL)
+            KVL_TRY(copy_digest(&r->parts[p].id, &report->segment, error));
         reply->fetched_bytes += report->fetched_bytes;
     }
     return KVL_OK;
@@ -243,6 +309,23 @@ static kvl_status copy_anchors(const run *r, Kvloom__V1__RunReply *reply, kvl_er
     return KVL_OK;
 }
 
+static kvl_status copy_timeline(const run *r, Kvloom__V1__RunReply *reply, kvl_error *error)
+{
+    const uint32_t n = r->host->engine->shape->n_layers;
+    if (r->load_times == NULL) return KVL_OK;
+    reply->layer_loaded_ms = kvl_alloc_zero(n, sizeof *reply->layer_loaded_ms);
+    reply->layer_computed_ms = kvl_alloc_zero(n, sizeof *reply->layer_computed_ms);
+    if (reply->layer_loaded_ms == NULL || reply->layer_computed_ms == NULL)
+        return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a reply");
+    for (uint32_t l = 0; l < n; l++) {
+        reply->layer_loaded_ms[l] = kvl_ns_to_ms(r->load_times->loaded_ns[l]);
+        reply->layer_computed_ms[l] = kvl_ns_to_ms(r->load_times->computed_ns[l]);
+    }
+    reply->n_layer_loaded_ms = n;
+    reply->n_layer_computed_ms = n;
+    return KVL_OK;
+}
+
 static kvl_status copy_evaluation(const Kvloom__V1__Evaluation *from, Kvloom__V1__Evaluation **to,
                                   kvl_error *error)
 {
@@ -266,14 +349,25 @@ static kvl_status fill_reply(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
     reply->compute_ms = kvl_ns_to_ms(r->compute_ns);
     reply->select_ms = kvl_ns_to_ms(r->select_ns);
     reply->verify_ms = kvl_ns_to_ms(r->verify_ns);
+    reply->wait_ms = kvl_ns_to_ms(r->wait_ns);
     reply->recomputed = r->n_recomputed;
     reply->corrected = r->n_corrected;
     reply->verified = r->is_verified || r->is_exact;
     reply->exact = r->is_exact;
+    reply->healing = r->is_healing;
+    reply->expected_error = r->expected_error;
+    reply->gated = r->is_gated;
+    reply->gate_score = r->gate_score;
+    reply->gate_bar = r->gate_bar;
+    reply->healed_first = r->is_healed_first;
+    reply->gate_ms = kvl_ns_to_ms(r->gate_ns);
+    reply->read = r->n_read;
     reply->ended = r->ended;
     reply->wrong_tokens = r->n_wrong;
+    KVL_TRY(copy_digest(&r->home->id, &reply->slots_home, error));
     KVL_TRY(copy_parts(r, reply, error));
     KVL_TRY(copy_anchors(r, reply, error));
+    KVL_TRY(copy_timeline(r, reply, error));
     if (r->has_evaluation) KVL_TRY(copy_evaluation(&r->evaluation, &reply->evaluation, error));
     if (r->has_place_only) KVL_TRY(copy_evaluation(&r->place_only, &reply->place_only, error));
     return KVL_OK;
@@ -290,16 +384,20 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
     if (early) KVL_TRY(run_resolve(r, false, error));
     KVL_TRY(run_plan(r, error));
     KVL_TRY(run_fill(r, true, error));
+    run_begin_audit(r);
     KVL_TRY(decode(r, false, error));
+    KVL_TRY(keep_sent(r, error));
     /* From here on nothing is in the time to first token, nor in the answer's. What was spent on
      * the way to it is kept, and the answer copied before the comparison overwrites it. */
     const int64_t spent[] = {r->fetch_ns, r->correct_ns, r->place_ns, r->select_ns, r->compute_ns};
     const uint32_t n_recomputed = r->n_recomputed;
+    KVL_TRY(run_gate(r, error));
     if (r->task->quality == KVLOOM__V1__QUALITY__QUALITY_VERIFIED && !r->is_exact)
         KVL_TRY(run_verify(r, error));
     KVL_TRY(keep_exact_prefix(r, error));
     KVL_TRY(publish_answer(r, error));
     KVL_TRY(copy_answer(r, reply, error));
+    run_check_later(r);
     if (r->task->evaluate) KVL_TRY(evaluate(r, error));
     /* A text that nobody has read yet is computed where it stands, which is exact and takes no
      * longer than computing it behind the header; the latter is done now, for those who read it
@@ -312,6 +410,15 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
     r->select_ns = spent[3];
     r->compute_ns = spent[4];
     r->n_recomputed = n_recomputed;
+    return KVL_OK;
+}
+
+/* Only what later runs will place: no session of its own, no answer. */
+static kvl_status run_read(run *r, kvl_error *error)
+{
+    KVL_TRY(run_resolve(r, true, error));
+    r->first_token_ns = r->start_ns;
+    r->end_ns = kvl_clock_now(r->host->clock);
     return KVL_OK;
 }
 
@@ -332,15 +439,20 @@ kvl_status host_run_task(kvl_host *host, const Kvloom__V1__RunTask *task,
                          Kvloom__V1__RunReply *reply, kvl_error *error)
 {
     const bool is_plan = task->mode == KVLOOM__V1__MODE__MODE_PLAN;
-    if (!is_plan && (task->max_tokens == 0 || task->max_tokens > host->engine->n_positions))
+    const bool is_read = task->mode == KVLOOM__V1__MODE__MODE_READ;
+    if (!is_plan && !is_read &&
+        (task->max_tokens == 0 || task->max_tokens > host->engine->n_positions))
         return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "max_tokens is %u; it must be 1 to %u",
                         task->max_tokens, host->engine->n_positions);
+    heal_make_room(host);
     run *r = kvl_alloc_zero(1, sizeof *r);
     if (r == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a run");
     kvl_status status = run_init(r, host, task, error);
     if (status == KVL_OK && task->mode == KVLOOM__V1__MODE__MODE_FULL) {
         status = run_full(r, error);
         if (status == KVL_OK) status = copy_answer(r, reply, error);
+    } else if (status == KVL_OK && is_read) {
+        status = run_read(r, error);
     } else if (status == KVL_OK) {
         status = is_plan ? run_explain(r, error) : run_reuse(r, reply, error);
     }
@@ -358,6 +470,7 @@ void host_reply_deinit(Kvloom__V1__RunReply *reply)
     for (size_t p = 0; p < reply->n_parts; p++) {
         kvl_free(reply->parts[p]->from);
         kvl_free(reply->parts[p]->token_bytes);
+        kvl_free(reply->parts[p]->segment.data);
         kvl_free(reply->parts[p]);
     }
     for (size_t i = 0; i < reply->n_anchors; i++) kvl_free(reply->anchors[i].data);
@@ -366,6 +479,9 @@ void host_reply_deinit(Kvloom__V1__RunReply *reply)
     kvl_free(reply->tokens);
     kvl_free(reply->text.data);
     kvl_free(reply->home.data);
+    kvl_free(reply->slots_home.data);
+    kvl_free(reply->layer_loaded_ms);
+    kvl_free(reply->layer_computed_ms);
     kvl_free(reply->evaluation);
     kvl_free(reply->place_only);
 }

@@ -21,7 +21,7 @@ struct kvl_service {
     kvl_scheduler *scheduler;
     kvl_queue *commands;
     kvl_stream *streams; /* not over; the engine thread's */
-    void (*work)(void *context);
+    bool (*work)(void *context, bool is_idle);
     void *work_context;
     _Atomic bool is_stopping;
     pthread_mutex_t lock; /* of state */
@@ -154,13 +154,16 @@ static void look_after_streams(kvl_service *service)
 void kvl_service_run(kvl_service *service)
 {
     bool has_work = false;
+    bool has_more = false; /* of the attached work */
     while (!atomic_load(&service->is_stopping)) {
         remember_state(service, true);
+        const bool waits = !has_work && !has_more;
         command *c =
-            has_work ? kvl_queue_try_pop(service->commands) : kvl_queue_pop(service->commands);
-        if (c == NULL && !has_work) break;
+            waits ? kvl_queue_pop(service->commands) : kvl_queue_try_pop(service->commands);
+        if (c == NULL && waits) break;
         for (; c != NULL; c = kvl_queue_try_pop(service->commands)) do_command(service, c);
-        if (service->work != NULL) service->work(service->work_context);
+        const bool is_idle = !has_work && service->streams == NULL;
+        if (service->work != NULL) has_more = service->work(service->work_context, is_idle);
         look_after_streams(service);
         has_work = kvl_scheduler_step(service->scheduler);
         look_after_streams(service);
@@ -192,7 +195,8 @@ static kvl_status push(kvl_service *service, kvl_stream *stream)
     return status;
 }
 
-void kvl_service_attach(kvl_service *service, void (*work)(void *context), void *context)
+void kvl_service_attach(kvl_service *service, bool (*work)(void *context, bool is_idle),
+                        void *context)
 {
     service->work = work;
     service->work_context = context;

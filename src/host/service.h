@@ -28,9 +28,11 @@ void kvl_service_run(kvl_service *service);
 /* Any thread, any number of times. */
 void kvl_service_stop(kvl_service *service);
 
-/* Has work(context) called on the engine thread between two steps, and once after every wake.
- * Before kvl_service_run. */
-void kvl_service_attach(kvl_service *service, void (*work)(void *context), void *context);
+/* Has work(context, is_idle) called on the engine thread between two steps, and once after every
+ * wake. is_idle: no answer is under way. Where it then returns true, for there is more to do, it is
+ * called again without a wake. Before kvl_service_run. */
+void kvl_service_attach(kvl_service *service, bool (*work)(void *context, bool is_idle),
+                        void *context);
 /* Lets the engine thread look for attached work. Any thread. */
 void kvl_service_wake(kvl_service *service);
 

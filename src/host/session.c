@@ -2,7 +2,7 @@
  * are never written; all others are the session's own. */
 #include "base/alloc.h"
 #include "host/engine.h"
-#include "reuse/place.h"
+#include "host/load.h"
 
 #include <string.h>
 
@@ -12,11 +12,13 @@ struct kvl_session {
     uint32_t n_ids;
     uint32_t *pages; /* [pages of n_positions] */
     uint32_t n_pages;
-    kvl_forward_row *rows; /* [n_positions], scratch */
-    uint32_t *logit_rows;  /* [n_positions], scratch */
-    uint32_t *slots;       /* [n_positions], scratch */
-    uint32_t *positions;   /* [n_positions], scratch */
-    float *scratch;        /* one layer's keys of n_positions tokens */
+    kvl_forward_row *rows;    /* [n_positions], scratch */
+    uint32_t *logit_rows;     /* [n_positions], scratch */
+    uint32_t *slots;          /* [n_positions], scratch */
+    uint32_t *positions;      /* [n_positions], scratch */
+    float *scratch;           /* one layer's keys of n_positions tokens */
+    kvl_loader_piece *pieces; /* of the loading that is under way, or NULL */
+    uint32_t *load_positions; /* what they point to, with their slots */
 };
 
 static uint32_t pages_for(uint32_t n_tokens)
@@ -53,6 +55,7 @@ kvl_status kvl_session_create(kvl_engine *engine, kvl_session **session, kvl_err
 void kvl_session_destroy(kvl_session *session)
 {
     if (session == NULL) return;
+    kvl_session_load_end(session, NULL);
     if (session->n_pages > 0)
         kvl_page_pool_release(session->engine->pool, session->n_pages, session->pages);
     kvl_free(session->ids);
@@ -139,6 +142,23 @@ static kvl_forward_batch batch_of(kvl_session *session, const uint32_t *position
     return (kvl_forward_batch){.rows = session->rows, .n_rows = n, .paths = path, .n_paths = 1};
 }
 
+/* Layer l + 1 is looked at once layer l is done. */
+static void pass_layer(kvl_session *session, uint32_t layer)
+{
+    kvl_engine *engine = session->engine;
+    kvl_loader_passed(engine->loader, layer);
+    if (layer + 1 < engine->shape->n_layers) kvl_loader_wait(engine->loader, layer + 1);
+}
+
+static bool pass_layer_of_session(void *context, uint32_t layer, uint32_t row_first,
+                                  uint32_t n_rows)
+{
+    (void)row_first;
+    (void)n_rows;
+    pass_layer(context, layer);
+    return false;
+}
+
 kvl_status kvl_session_compute(kvl_session *session, const uint32_t *positions, uint32_t n,
                                uint32_t n_logits, float *logits, kvl_error *error)
 {
@@ -149,6 +169,11 @@ kvl_status kvl_session_compute(kvl_session *session, const uint32_t *positions, 
     batch.logit_rows = session->logit_rows;
     batch.n_logit_rows = n_logits;
     batch.logits = logits;
+    if (session->pieces != NULL) {
+        kvl_loader_wait(session->engine->loader, 0);
+        batch.after_layer = pass_layer_of_session;
+        batch.context = session;
+    }
     return kvl_forward_run(session->engine->forward, &batch, error);
 }
 
@@ -189,6 +214,14 @@ static void add_mass(void *context, uint32_t layer, uint32_t row_first, uint32_t
     engine->backend->ops->attend_mass(engine->backend, &call, sum->mass);
 }
 
+static bool pass_layer_of_mass(void *context, uint32_t layer, uint32_t row_first, uint32_t n_rows)
+{
+    (void)row_first;
+    (void)n_rows;
+    pass_layer(((const mass_of_queries *)context)->session, layer);
+    return false;
+}
+
 kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions, uint32_t n,
                                  uint32_t from, float *mass, kvl_error *error)
 {
@@ -202,6 +235,10 @@ kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions
     kvl_forward_batch batch = batch_of(session, positions, n, &path);
     batch.on_queries = add_mass;
     batch.context = &sum;
+    if (session->pieces != NULL) {
+        kvl_loader_wait(session->engine->loader, 0);
+        batch.after_layer = pass_layer_of_mass;
+    }
     const kvl_status status = kvl_forward_run(session->engine->forward, &batch, error);
     for (uint32_t i = 0; i < n_ids; i++) {
         mass[i] = 0.0F;
@@ -285,6 +322,74 @@ void kvl_session_place(kvl_session *session, const kvl_placement *placement)
     }
 }
 
+/* ---- loading ---- */
+
+bool kvl_engine_loads(const kvl_engine *engine)
+{
+    return strcmp(engine->backend->ops->name, "cpu") == 0;
+}
+
+static kvl_status make_pieces(kvl_session *session, const kvl_session_load *loads, size_t n,
+                              kvl_error *error)
+{
+    size_t n_tokens = 0;
+    for (size_t i = 0; i < n; i++) n_tokens += loads[i].n;
+    session->pieces = kvl_alloc_zero(n, sizeof *session->pieces);
+    session->load_positions = kvl_alloc_zero(2 * n_tokens + 1, sizeof *session->load_positions);
+    if (session->pieces == NULL || session->load_positions == NULL)
+        return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to load %zu segments", n);
+    uint32_t *at = session->load_positions;
+    for (size_t i = 0; i < n; i++) {
+        const kvl_session_load *load = &loads[i];
+        uint32_t *slots = at + load->n;
+        for (uint32_t t = 0; t < load->n; t++) {
+            at[t] = load->position_first + t;
+            slots[t] = kvl_session_slot(session, at[t]);
+        }
+        session->pieces[i] =
+            (kvl_loader_piece){load->container, load->token_first, {load->n, at, slots}};
+        at = slots + load->n;
+    }
+    return KVL_OK;
+}
+
+static void drop_pieces(kvl_session *session)
+{
+    kvl_free(session->pieces);
+    kvl_free(session->load_positions);
+    session->pieces = NULL;
+    session->load_positions = NULL;
+}
+
+kvl_status kvl_session_load_begin(kvl_session *session, const kvl_session_load *loads, size_t n,
+                                  kvl_error *error)
+{
+    kvl_engine *engine = session->engine;
+    const kvl_place_target target = target_of(session);
+    KVL_ASSERT(kvl_engine_loads(engine) && session->pieces == NULL && n > 0);
+    if (engine->loader == NULL) KVL_TRY(kvl_loader_create(target.pages, &engine->loader, error));
+    kvl_status status = make_pieces(session, loads, n, error);
+    for (size_t i = 0; i < n && status == KVL_OK; i++) {
+        const kvl_loader_piece *piece = &session->pieces[i];
+        status =
+            kvl_place_check(&target, piece->container, &piece->tokens, piece->token_first, error);
+    }
+    if (status != KVL_OK) {
+        drop_pieces(session);
+        return status;
+    }
+    const kvl_loader_job job = {target, session->pieces, n, engine->shape->n_layers};
+    kvl_loader_begin(engine->loader, &job);
+    return KVL_OK;
+}
+
+void kvl_session_load_end(kvl_session *session, kvl_load_times *times)
+{
+    if (session->pieces == NULL) return;
+    kvl_loader_end(session->engine->loader, times);
+    drop_pieces(session);
+}
+
 /* ---- deviation ---- */
 
 enum { CHECK_LAYER = 1 };
@@ -342,6 +447,8 @@ kvl_status kvl_session_deviation(kvl_session *session, const uint32_t *positions
                                  float *deviation, kvl_error *error)
 {
     memset(deviation, 0, session->n_ids * sizeof *deviation);
+    /* Its own hook stops the walk: the two layers that it looks at are loaded before. */
+    if (session->pieces != NULL) kvl_loader_wait(session->engine->loader, CHECK_LAYER);
     const size_t width =
         (size_t)session->engine->shape->n_kv_heads * session->engine->shape->head_dim;
     float *rows = kvl_alloc_zero(4 * KVL_FORWARD_ROWS_MAX * width, sizeof *rows);

@@ -14,7 +14,7 @@
 #ifndef KVL_HTTP_HTTP_H
 #define KVL_HTTP_HTTP_H
 
-#include "host/service.h"
+#include "host/host.h"
 
 #define KVL_HTTP_CONNECTIONS_MAX 512u
 #define KVL_HTTP_BODY_BYTES_MAX ((size_t)16 << 20)
@@ -24,6 +24,10 @@ typedef struct kvl_http_options {
     const char *address;   /* "127.0.0.1:8080", "[::1]:8080", port 0 for a free one; "unix:/PATH" */
     const char *keys_file; /* lines "TENANT KEY"; NULL: no keys */
     const char *model_name; /* what /v1/models and answers call the model */
+    kvl_host *host;         /* whose counts /metrics has too; NULL: there is none; outlives this */
+    /* PEM files of a certificate, with its chain, and of its key, which nobody else may read: TLS
+     * 1.2 or 1.3 and nothing in the clear. NULL, both: plain HTTP. */
+    const char *certificate_file, *certificate_key_file;
 } kvl_http_options;
 
 typedef struct kvl_http kvl_http;
@@ -31,14 +35,17 @@ typedef struct kvl_http kvl_http;
 /* Listens and serves until kvl_http_stop. Borrows the service, and the texts of the options during
  * the call.
  * Owns     *http: ended with kvl_http_stop, before the service
- * Errors   KVL_ERR_INVALID (address, keys), KVL_ERR_DENIED (an address that is not loopback,
- *          without keys), KVL_ERR_IO (in use, no rights), KVL_ERR_NOT_FOUND, KVL_ERR_NO_MEMORY */
+ * Errors   KVL_ERR_INVALID (address, keys, certificate), KVL_ERR_DENIED (an address that is not
+ *          loopback, without keys; a key file that others may read), KVL_ERR_UNSUPPORTED (a
+ *          libmicrohttpd without TLS), KVL_ERR_IO (in use, no rights), KVL_ERR_NOT_FOUND,
+ *          KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status kvl_http_start(const kvl_http_options *options, kvl_service *service,
                                        kvl_http **http, kvl_error *error);
 /* Closes connections; answers under way are cancelled. NULL does nothing. */
 void kvl_http_stop(kvl_http *http);
 
-/* "http://127.0.0.1:8080", with the port that was given, or "unix:/PATH". Borrowed. */
+/* "http://127.0.0.1:8080" or "https://...", with the port that was given, or "unix:/PATH".
+ * Borrowed. */
 const char *kvl_http_address(const kvl_http *http);
 
 #endif /* KVL_HTTP_HTTP_H */

@@ -1,4 +1,5 @@
 /* http/listen.c: the listening socket: UNIX, or TCP on an address of this machine. */
+#include "base/log.h"
 #include "http/server.h"
 
 #include <arpa/inet.h>
@@ -97,17 +98,18 @@ static void name_address(kvl_http *http)
     struct sockaddr_storage name;
     socklen_t n_bytes = sizeof name;
     char host[INET6_ADDRSTRLEN] = "";
+    const char *scheme = http->certificate == NULL ? "http" : "https";
     if (getsockname(http->listener, (struct sockaddr *)(void *)&name, &n_bytes) != 0) return;
     if (name.ss_family == AF_INET6) {
         const struct sockaddr_in6 *six = (const struct sockaddr_in6 *)(const void *)&name;
         (void)inet_ntop(AF_INET6, &six->sin6_addr, host, sizeof host);
-        (void)snprintf(http->address, sizeof http->address, "http://[%s]:%u", host,
+        (void)snprintf(http->address, sizeof http->address, "%s://[%s]:%u", scheme, host,
                        ntohs(six->sin6_port));
         return;
     }
     const struct sockaddr_in *four = (const struct sockaddr_in *)(const void *)&name;
     (void)inet_ntop(AF_INET, &four->sin_addr, host, sizeof host);
-    (void)snprintf(http->address, sizeof http->address, "http://%s:%u", host,
+    (void)snprintf(http->address, sizeof http->address, "%s://%s:%u", scheme, host,
                    ntohs(four->sin_port));
 }
 
@@ -126,6 +128,9 @@ static kvl_status listen_tcp(kvl_http *http, const char *address, kvl_error *err
                         "%s can be reached from other machines: give API keys, or listen at "
                         "127.0.0.1",
                         address);
+    if (!is_loopback && http->certificate == NULL)
+        kvl_log(KVL_LOG_WARN, "keys_in_the_clear",
+                "address=%s remedy=\"give --tls-certificate and --tls-key\"", address);
     http->listener = socket(name.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (http->listener < 0) return fail_io(address, "make a socket for", error);
     const int on = 1;

@@ -149,6 +149,9 @@ char *kvl_http_metrics_text(kvl_http *http)
     print_histogram(out, "ttft_seconds", "From a request to its first token.", &http->ttft);
     print_histogram(out, "request_seconds", "From a request to its last token.", &http->total);
     pthread_mutex_unlock(&http->lock);
+    char *of_host = http->host == NULL ? NULL : kvl_host_metrics_text(http->host);
+    if (of_host != NULL) (void)fputs(of_host, out);
+    kvl_free(of_host);
     if (fclose(out) != 0) return NULL;
     char *copy = kvl_strdup(bytes);
     free(bytes); /* tidy: free, open_memstream allocated it */

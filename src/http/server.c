@@ -263,6 +263,7 @@ static void end(kvl_http *http)
     if (http->listener >= 0) (void)close(http->listener);
     if (http->unix_path[0] != '\0') (void)unlink(http->unix_path);
     kvl_http_keys_close(http->keys);
+    kvl_http_tls_end(http);
     (void)pthread_mutex_destroy(&http->lock);
     kvl_free(http);
 }
@@ -270,12 +271,23 @@ static void end(kvl_http *http)
 static kvl_status start(kvl_http *http, const kvl_http_options *options, kvl_error *error)
 {
     KVL_TRY(kvl_http_keys_open(options->keys_file, &http->keys, error));
+    KVL_TRY(kvl_http_tls_load(http, options, error));
     KVL_TRY(kvl_http_listen(http, options->address, error));
+    static const char priorities[] = "NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2";
+    const struct MHD_OptionItem tls[] = {
+        {MHD_OPTION_HTTPS_MEM_CERT, 0, http->certificate},
+        {MHD_OPTION_HTTPS_MEM_KEY, 0, http->certificate_key},
+        {MHD_OPTION_HTTPS_PRIORITIES, 0, (void *)(uintptr_t)priorities},
+        {MHD_OPTION_END, 0, NULL},
+    };
+    const bool is_secret = http->certificate != NULL;
     http->daemon = MHD_start_daemon(
-        MHD_USE_INTERNAL_POLLING_THREAD | MHD_USE_THREAD_PER_CONNECTION | MHD_USE_POLL, 0, NULL,
-        NULL, handle, http, MHD_OPTION_LISTEN_SOCKET, http->listener, MHD_OPTION_NOTIFY_COMPLETED,
-        end_request, NULL, MHD_OPTION_CONNECTION_LIMIT, KVL_HTTP_CONNECTIONS_MAX,
-        MHD_OPTION_CONNECTION_TIMEOUT, (unsigned)IDLE_SECONDS, MHD_OPTION_END);
+        MHD_USE_INTERNAL_POLLING_THREAD | MHD_USE_THREAD_PER_CONNECTION | MHD_USE_POLL |
+            (is_secret ? MHD_USE_TLS : 0U),
+        0, NULL, NULL, handle, http, MHD_OPTION_LISTEN_SOCKET, http->listener,
+        MHD_OPTION_NOTIFY_COMPLETED, end_request, NULL, MHD_OPTION_CONNECTION_LIMIT,
+        KVL_HTTP_CONNECTIONS_MAX, MHD_OPTION_CONNECTION_TIMEOUT, (unsigned)IDLE_SECONDS,
+        MHD_OPTION_ARRAY, is_secret ? tls : tls + 3, MHD_OPTION_END);
     if (http->daemon == NULL)
         return KVL_FAIL(error, KVL_ERR_IO, "cannot start the HTTP server at %s", http->address);
     return KVL_OK;
@@ -289,6 +301,7 @@ kvl_status kvl_http_start(const kvl_http_options *options, kvl_service *service,
     if (made == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for an HTTP server");
     const kvl_clock *clock = kvl_clock_system();
     made->service = service;
+    made->host = options->host;
     made->listener = -1;
     made->start_s = clock->wall_ns(clock->context) / KVL_NS_PER_S;
     (void)pthread_mutex_init(&made->lock, NULL);

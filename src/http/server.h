@@ -32,9 +32,11 @@ typedef enum kvl_http_route {
 
 struct kvl_http {
     kvl_service *service;
+    kvl_host *host; /* whose counts are shown too, or NULL */
     kvl_http_keys *keys;
     struct MHD_Daemon *daemon;
     int listener;
+    char *certificate, *certificate_key; /* PEM; NULL: no TLS */
     char address[KVL_HTTP_ADDRESS_BYTES + 16];
     char unix_path[KVL_HTTP_ADDRESS_BYTES]; /* to remove at the end, or "" */
     char model_name[128];
@@ -49,6 +51,13 @@ struct kvl_http {
 
 /* Errors   as kvl_http_start */
 KVL_MUST_USE kvl_status kvl_http_listen(kvl_http *http, const char *address, kvl_error *error);
+
+/* ---- tls.c ---- */
+
+/* Reads certificate and key into `http`; without them does nothing. Errors   as kvl_http_start */
+KVL_MUST_USE kvl_status kvl_http_tls_load(kvl_http *http, const kvl_http_options *options,
+                                          kvl_error *error);
+void kvl_http_tls_end(kvl_http *http);
 
 /* ---- completions.c ---- */
 

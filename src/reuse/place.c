@@ -148,6 +148,77 @@ static kvl_status check_container(const kvl_pages *pages, const kvl_container_in
     return KVL_OK;
 }
 
+/* ---- one layer, without the backend ---- */
+
+bool kvl_place_layer_floats(const kvl_pages *pages, size_t *n_floats)
+{
+    size_t one;
+    return kvl_place_floats(pages, KVL_PAGE_TOKENS, &one) && kvl_size_mul(one, 2, n_floats);
+}
+
+/* Tokens [n] of one page, all heads: keys go dimension by dimension, values as rows (pages.h). */
+static void write_page(const kvl_pages *pages, uint32_t layer, uint32_t slot, uint32_t n,
+                       const float *keys, const float *values)
+{
+    const uint32_t page = slot / KVL_PAGE_TOKENS;
+    const uint32_t index = slot % KVL_PAGE_TOKENS;
+    const size_t row = (size_t)pages->n_kv_heads * pages->head_dim;
+    for (uint32_t h = 0; h < pages->n_kv_heads; h++) {
+        const float *from = keys + (size_t)h * pages->head_dim;
+        float *to = kvl_pages_keys(pages, layer, page, h) + index;
+        for (uint32_t d = 0; d < pages->head_dim; d++) {
+            for (uint32_t t = 0; t < n; t++) to[d * KVL_PAGE_TOKENS + t] = from[t * row + d];
+        }
+        from = values + (size_t)h * pages->head_dim;
+        to = kvl_pages_values(pages, layer, page, h) + (size_t)index * pages->head_dim;
+        for (uint32_t t = 0; t < n; t++)
+            memcpy(to + (size_t)t * pages->head_dim, from + t * row, pages->head_dim * sizeof *to);
+    }
+}
+
+/* How many tokens from i on stand side by side in one page. */
+static uint32_t count_in_page(const kvl_place_tokens_view *tokens, uint32_t i)
+{
+    const uint32_t room = KVL_PAGE_TOKENS - tokens->slots[i] % KVL_PAGE_TOKENS;
+    uint32_t n = 1;
+    while (n < room && i + n < tokens->n_tokens && tokens->slots[i + n] == tokens->slots[i] + n)
+        n++;
+    return n;
+}
+
+kvl_status kvl_place_check(const kvl_place_target *target, const kvl_container *container,
+                           const kvl_place_tokens_view *tokens, uint32_t token_first,
+                           kvl_error *error)
+{
+    KVL_TRY(check_container(target->pages, kvl_container_info_of(container), tokens, token_first,
+                            error));
+    return check_tokens(target, tokens, error);
+}
+
+kvl_status kvl_place_layer(const kvl_place_target *target, const kvl_container *container,
+                           uint32_t layer, const kvl_place_tokens_view *tokens,
+                           uint32_t token_first, float *scratch, kvl_error *error)
+{
+    const kvl_container_info *info = kvl_container_info_of(container);
+    const kvl_pages *pages = target->pages;
+    KVL_TRY(kvl_place_check(target, container, tokens, token_first, error));
+    KVL_ASSERT(layer < pages->n_layers);
+    size_t n_floats, n_bytes;
+    KVL_ASSERT(kvl_place_floats(pages, KVL_PAGE_TOKENS, &n_floats));
+    float *values = scratch + n_floats;
+    const void *block = kvl_container_block_view(container, layer, &n_bytes);
+    for (uint32_t i = 0; i < tokens->n_tokens;) {
+        const uint32_t n = count_in_page(tokens, i);
+        const kvl_place_tokens_view run = {n, tokens->positions + i, NULL};
+        kvl_segment_decode_block(info->dtype, info->n_kv_heads, info->n_tokens, info->head_dim,
+                                 block, token_first + i, n, scratch, values);
+        rotate(target, &run, false, scratch);
+        write_page(pages, layer, tokens->slots[i], n, scratch, values);
+        i += n;
+    }
+    return KVL_OK;
+}
+
 enum { LAYERS_AT_ONCE_MAX = 64 };
 
 /* Prepares and writes layers layer_first .. + n - 1. */

@@ -70,4 +70,30 @@ KVL_MUST_USE kvl_status kvl_place_container(const kvl_place_target *target,
                                             const kvl_place_tokens_view *tokens,
                                             const kvl_place_options *options, kvl_error *error);
 
+/* Floats of scratch for kvl_place_layer. */
+KVL_MUST_USE bool kvl_place_layer_floats(const kvl_pages *pages, size_t *n_floats);
+
+/* Whether a run of a segment's tokens can be placed at all: nothing is written.
+ * Errors   as kvl_place_layer */
+KVL_MUST_USE kvl_status kvl_place_check(const kvl_place_target *target,
+                                        const kvl_container *container,
+                                        const kvl_place_tokens_view *tokens, uint32_t token_first,
+                                        kvl_error *error);
+
+/* One layer of a segment's tokens token_first .. token_first + n_tokens - 1 straight into pages: a
+ * page's worth of numbers at a time is decoded, rotated and written while it is in the nearest
+ * cache. Gives the bits of kvl_place_container.
+ *
+ * Blocks must have been checked. The pages must be the host's memory, and nobody may read or write
+ * these slots of this layer meanwhile.
+ * Threads  Safe from any thread, beside backend operations on other layers: no operation of the
+ *          backend is called.
+ * scratch  kvl_place_layer_floats floats, the caller's, aligned to KVL_ALIGNMENT
+ * Errors   KVL_ERR_OUT_OF_RANGE, KVL_ERR_FOREIGN, KVL_ERR_DAMAGED, as kvl_place_container: nothing
+ *          was written */
+KVL_MUST_USE kvl_status kvl_place_layer(const kvl_place_target *target,
+                                        const kvl_container *container, uint32_t layer,
+                                        const kvl_place_tokens_view *tokens, uint32_t token_first,
+                                        float *scratch, kvl_error *error);
+
 #endif /* KVL_REUSE_PLACE_H */

@@ -3,6 +3,8 @@
  *         rule is all or nothing, a second walk makes everything beyond the exact prefix dense. */
 #include "reuse/planner.h"
 
+#include "reuse/budget.h"
+
 #include <math.h>
 
 kvl_plan_options kvl_plan_default_options(void)
@@ -14,6 +16,8 @@ kvl_plan_options kvl_plan_default_options(void)
         .all_or_nothing = true,
         .blend_share = 0.2,
         .short_text_tokens = 48,
+        .errors = kvl_error_model_first(),
+        .error_budget = HUGE_VAL,
     };
 }
 
@@ -251,6 +255,143 @@ static bool walk_parts(const kvl_plan_options *options, const kvl_plan_rates *ra
     return lacking;
 }
 
+/* ---- the error budget ---- */
+
+/* What a part can be had by: as the rules say, blended (a slot), computed, placed (a text whose
+ * slot is not corrected any more). */
+enum { AS_RULED, BLENDED, COMPUTED, PLACED, N_WAYS };
+
+typedef struct plan_ways {
+    kvl_plan_step steps[N_WAYS];
+    bool has[N_WAYS];
+} plan_ways;
+
+/* Parts that are chosen together: one, or a slot and the text behind it that its anchors know. */
+typedef struct plan_group {
+    size_t first, n_parts;
+    uint8_t ways[KVL_BUDGET_CHOICES][2];
+} plan_group;
+
+static void set_error(const kvl_plan_options *options, uint64_t n_tokens, kvl_plan_step *step)
+{
+    step->error = step->n_reused == 0
+                      ? 0.0
+                      : options->errors.kl[step->action] * step->n_reused / (double)n_tokens;
+}
+
+/* Another way than the rules', where it is cheaper than computing. */
+static void add_way(const plan_walk *w, const kvl_plan_part *part, uint32_t n_tail,
+                    uint64_t n_tokens, plan_ways *ways, uint8_t way, kvl_action action,
+                    const char *reason)
+{
+    kvl_plan_step *step = &ways->steps[way];
+    *step = (kvl_plan_step){.n_shared = ways->steps[COMPUTED].n_shared};
+    choose(step, action, reason);
+    settle(w, part, n_tail, step);
+    set_error(w->options, n_tokens, step);
+    ways->has[way] = step->cost_ms < ways->steps[COMPUTED].cost_ms;
+}
+
+/* hangs: a text behind a slot that the rules correct, so that it is chosen with that. */
+static void find_ways(const plan_walk *w, const kvl_plan_part *part, bool hangs, uint32_t n_tail,
+                      uint64_t n_tokens, const kvl_plan_step *ruled, plan_ways *ways)
+{
+    *ways = (plan_ways){.has = {[AS_RULED] = true}};
+    ways->steps[AS_RULED] = *ruled;
+    if (ruled->n_reused == 0 && !hangs) return;
+    kvl_plan_step *computed = &ways->steps[COMPUTED];
+    *computed = *ruled;
+    if (ruled->n_reused > 0) {
+        *computed = (kvl_plan_step){.n_shared = ruled->n_shared};
+        choose(computed, KVL_ACTION_COMPUTE, "computed, to stay within the error budget");
+        settle(w, part, n_tail, computed);
+    }
+    ways->has[COMPUTED] = true;
+    const kvl_plan_options *o = w->options;
+    if (o->blend && part->kind == KVL_PART_SLOT && ruled->action != KVL_ACTION_BLEND)
+        add_way(w, part, n_tail, n_tokens, ways, BLENDED, KVL_ACTION_BLEND,
+                "blended, to stay within the error budget");
+    if (hangs && o->quality == KVL_QUALITY_FAST && part->where != KVL_SEGMENT_NOWHERE &&
+        part->n_tokens > o->short_text_tokens)
+        add_way(w, part, n_tail, n_tokens, ways, PLACED, KVL_ACTION_PLACE,
+                "placed: its slot is not corrected, for the error budget");
+}
+
+static void add_choice(kvl_budget_group *choices, plan_group *group, const kvl_plan_step *first,
+                       uint8_t way, const kvl_plan_step *second, uint8_t second_way)
+{
+    group->ways[choices->n][0] = way;
+    group->ways[choices->n][1] = second_way;
+    choices->cost[choices->n] = first->cost_ms + (second == NULL ? 0.0 : second->cost_ms);
+    choices->error[choices->n] = first->error + (second == NULL ? 0.0 : second->error);
+    choices->n++;
+}
+
+/* A text is corrected only beside a slot that is. */
+static void list_choices(const plan_ways *ways, plan_group *group, kvl_budget_group *choices)
+{
+    choices->n = 0;
+    for (uint8_t way = 0; way < N_WAYS; way++) {
+        if (!ways[0].has[way]) continue;
+        if (group->n_parts == 1)
+            add_choice(choices, group, &ways[0].steps[way], way, NULL, AS_RULED);
+        for (uint8_t of_text = 0; group->n_parts == 2 && of_text < N_WAYS; of_text++) {
+            const bool may = of_text == COMPUTED || (way == AS_RULED) == (of_text == AS_RULED);
+            if (ways[1].has[of_text] && may)
+                add_choice(choices, group, &ways[0].steps[way], way, &ways[1].steps[of_text],
+                           of_text);
+        }
+    }
+}
+
+/* Chooses anew among the ways of the parts, as many as there is room for; what is behind those is
+ * computed. */
+static void fit_budget(const kvl_plan_options *options, const kvl_plan_rates *rates,
+                       const kvl_plan_part *parts, size_t n_parts, uint64_t n_tokens,
+                       kvl_plan_step *steps)
+{
+    kvl_budget_group choices[KVL_BUDGET_GROUPS] = {{0}};
+    plan_group groups[KVL_BUDGET_GROUPS];
+    plan_ways ways[KVL_BUDGET_GROUPS][2];
+    uint8_t taken[KVL_BUDGET_GROUPS];
+    size_t n_groups = 0;
+    size_t last = n_parts;
+    for (size_t i = 0; i < n_parts; i++) last = parts[i].n_tokens > 0 ? i : last;
+    plan_walk w = {.options = options, .rates = rates};
+    for (size_t i = 0; i < n_parts; i++) {
+        const kvl_plan_step ruled = steps[i];
+        const bool is_behind =
+            parts[i].kind == KVL_PART_TEXT && w.slot != NULL && w.slot_action == KVL_ACTION_OFFSET;
+        const bool hangs = is_behind && n_groups > 0 && groups[n_groups - 1].first + 1 == i;
+        plan_ways alone;
+        find_ways(&w, &parts[i], hangs, i == last, n_tokens, &ruled, &alone);
+        if (hangs) {
+            groups[n_groups - 1].n_parts = 2;
+            ways[n_groups - 1][1] = alone;
+        } else if (ruled.n_reused > 0 && (is_behind || n_groups == KVL_BUDGET_GROUPS)) {
+            steps[i] = alone.steps[COMPUTED];
+        } else if (ruled.n_reused > 0) {
+            groups[n_groups] = (plan_group){.first = i, .n_parts = 1};
+            ways[n_groups++][0] = alone;
+        }
+        pass(&w, &parts[i], &ruled);
+    }
+    for (size_t g = 0; g < n_groups; g++) list_choices(ways[g], &groups[g], &choices[g]);
+    kvl_budget_choose(choices, n_groups, options->error_budget, taken);
+    for (size_t g = 0; g < n_groups; g++) {
+        for (size_t i = 0; i < groups[g].n_parts; i++)
+            steps[groups[g].first + i] = ways[g][i].steps[groups[g].ways[taken[g]][i]];
+    }
+}
+
+static void set_errors(const kvl_plan_options *options, const kvl_plan_part *parts, size_t n_parts,
+                       kvl_plan_step *steps, uint64_t *n_tokens)
+{
+    *n_tokens = 0;
+    for (size_t i = 0; i < n_parts; i++) *n_tokens += parts[i].n_tokens;
+    for (size_t i = 0; i < n_parts; i++) set_error(options, *n_tokens, &steps[i]);
+}
+
 static void add_up(const kvl_plan_part *parts, const kvl_plan_step *steps, size_t n_parts,
                    kvl_plan_totals *totals)
 {
@@ -267,18 +408,26 @@ static void add_up(const kvl_plan_part *parts, const kvl_plan_step *steps, size_
         }
         totals->cost_ms += steps[i].cost_ms;
         totals->compute_ms += steps[i].compute_ms;
+        totals->error += steps[i].error;
     }
 }
 
-void kvl_plan_make(const kvl_plan_options *options, const kvl_plan_rates *rates,
+void kvl_plan_make(const kvl_plan_options *asked, const kvl_plan_rates *rates,
                    const kvl_plan_part *parts, size_t n_parts, kvl_plan_step *steps,
                    kvl_plan_totals *totals)
 {
     *totals = (kvl_plan_totals){0};
+    kvl_plan_options exact = *asked;
+    exact.quality = KVL_QUALITY_EXACT;
+    const kvl_plan_options *options = asked->error_budget > 0.0 ? asked : &exact;
     const bool lacking = walk_parts(options, rates, parts, n_parts, false, steps);
     if (lacking && options->all_or_nothing) {
         totals->dense = true;
         (void)walk_parts(options, rates, parts, n_parts, true, steps);
     }
+    uint64_t n_tokens = 0;
+    set_errors(options, parts, n_parts, steps, &n_tokens);
+    if (options->error_budget < HUGE_VAL)
+        fit_budget(options, rates, parts, n_parts, n_tokens, steps);
     add_up(parts, steps, n_parts, totals);
 }

@@ -10,6 +10,7 @@
 #define KVL_REUSE_PLANNER_H
 
 #include "reuse/anchor.h"
+#include "reuse/error_model.h"
 
 /* How much error a request may have. */
 typedef enum kvl_quality {
@@ -73,6 +74,11 @@ typedef struct kvl_plan_options {
     bool all_or_nothing; /* BALANCED: one slot without anchors makes the whole prompt dense beyond
                             the exact prefix, so that its anchors are measured against exact KV;
                             false: they are measured behind whatever KV stands before the slot */
+    kvl_error_model errors; /* what actions are expected to cost in exactness */
+    /* Most that the request may be expected to be off, mean KL of its tokens in nats: the cheapest
+     * plan under it is made of what the rules choose, of blending where that is allowed, and of
+     * computing. 0: as KVL_QUALITY_EXACT; infinite: the rules alone. */
+    double error_budget;
     uint32_t short_text_tokens; /* text after a slot up to this long is computed: cheaper than its
                                    correction, and the rows that the answer leans on most */
 } kvl_plan_options;
@@ -87,12 +93,13 @@ typedef struct kvl_plan_step {
     bool measure;       /* a slot with a segment, computed for want of anchors: make one of it */
     double cost_ms;     /* as chosen */
     double compute_ms;  /* prefilling the whole part in its place */
+    double error;       /* expected of the request for this part's sake, nats */
     const char *reason; /* static text */
 } kvl_plan_step;
 
 typedef struct kvl_plan_totals {
     uint64_t n_tokens, n_shared, n_placed, n_offset, n_blended, n_computed;
-    double cost_ms, compute_ms;
+    double cost_ms, compute_ms, error;
     bool dense; /* all_or_nothing struck */
 } kvl_plan_totals;
 

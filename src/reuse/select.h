@@ -15,6 +15,7 @@ typedef enum kvl_select_score {
     KVL_SELECT_NO_SCORE,
     KVL_SELECT_QUERY_ATTENTION, /* of the rows behind the last reused token, all layers and heads */
     KVL_SELECT_DEVIATION,       /* |dK|^2 + |dV|^2 in layer 1 after a pass of all reused tokens */
+    KVL_SELECT_ATTENDED_DEVIATION, /* the product of both (KVShare, arXiv:2503.16525, prefill) */
 } kvl_select_score;
 
 typedef struct kvl_select_policy {
@@ -26,8 +27,8 @@ typedef struct kvl_select_policy {
     uint32_t pool_width; /* a token has the highest score of this many around it, odd; 1: its own */
 } kvl_select_policy;
 
-/* A table of policies, ended by one without name: "none", "sink8", "sink16", "query10",
- * "sink8+query10" (the default of balanced), "deviation15" (CacheBlend). */
+/* A table of policies, ended by one without name. "sink8+query10" is the default of balanced,
+ * "sink8" of fast; "deviation15" is CacheBlend's, "kvshare15" KVShare's. */
 extern const kvl_select_policy kvl_select_policies[];
 /* NULL where there is none of that name. */
 const kvl_select_policy *kvl_select_find(const char *name);

@@ -44,6 +44,7 @@ typedef struct kvl_container_info {
     kvl_digest fingerprint; /* of the model */
     kvl_digest home;        /* zero: behind nothing */
     bool home_is_canonical; /* false: carries its context, only the same workflow may use it */
+    bool is_unhealed;       /* computed behind approximate KV, which no full prefill has replaced */
     kvl_kv_dtype dtype;
     uint32_t n_layers;
     uint32_t n_kv_heads;

@@ -136,6 +136,7 @@ static Kvloom__V1__ContainerHeader message_of(const kvl_container_info *info)
     message.fingerprint = digest_field(&info->fingerprint);
     message.home = digest_field(&info->home);
     message.home_is_canonical = info->home_is_canonical;
+    message.unhealed = info->is_unhealed;
     message.dtype = info->dtype;
     message.n_layers = info->n_layers;
     message.n_kv_heads = info->n_kv_heads;

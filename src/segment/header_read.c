@@ -151,6 +151,7 @@ static kvl_status read_info(const kvl_header_message *message, kvl_container_inf
     *info = (kvl_container_info){
         .kind = (kvl_container_kind)message->kind,
         .home_is_canonical = message->home_is_canonical,
+        .is_unhealed = message->unhealed,
         .dtype = (kvl_kv_dtype)message->dtype,
         .n_layers = message->n_layers,
         .n_kv_heads = message->n_kv_heads,

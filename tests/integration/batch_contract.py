@@ -9,13 +9,12 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(os.path.dirname(HERE), "support"))
 import batch_rows  # noqa: E402
-import peers  # noqa: E402
+import contract  # noqa: E402
 from http_server import MODEL, Server  # noqa: E402
 
 
@@ -122,21 +121,11 @@ def check_bad_rows(kvloom, folder):
 
 
 def main():
-    kvloom = os.path.abspath(os.path.join(sys.argv[1] if len(sys.argv) > 1 else "build/release",
-                                          "kvloom"))
-    if not os.path.exists(peers.model_path(MODEL)):
-        print(f"{MODEL} is not in the cache: fetch it with kvloom model pull {MODEL}")
-        return 77
-    n_failed = 0
+    contract.need_model(MODEL)
+    checks = contract.Checks()
     for check in (check_rows_are_answered_as_alone, check_a_killed_batch_goes_on, check_bad_rows):
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                check(kvloom, folder)
-                print(f"{check.__name__}: as promised", flush=True)
-            except AssertionError as error:
-                n_failed += 1
-                print(f"{check.__name__}: {error or 'an assertion failed'}", flush=True)
-    return 1 if n_failed else 0
+        checks.run_in_folder(check, contract.program())
+    return checks.status()
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path.insert(0, os.path.join(ROOT, "tests", "support"))
-import peers  # noqa: E402
+import contract  # noqa: E402
 
 MODEL = "smollm2-135m"
 AGENTS = 3
@@ -22,16 +21,6 @@ TOP_KEYS = {"agents", "rounds", "reuse_rate", "speedup_mean", "speedup_last", "t
             "wrong_exact_tokens"}
 AGENT_KEYS = {"name", "prompt_tokens", "shared", "placed", "offset", "blended", "computed",
               "fetched_bytes", "ttft_full_ms", "ttft_reuse_ms", "speedup", "top1_agreement", "kl"}
-
-
-def demo(kvloom, folder, quality, rounds):
-    done = subprocess.run(
-        [kvloom, "demo", "--model", MODEL, "--agents", str(AGENTS), "--rounds", str(rounds),
-         "--max-tokens", "24", "--quality", quality, "--data", os.path.join(ROOT, "agents", "data"),
-         "--json", "--report", os.path.join(folder, "report.html")],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=folder, check=False, timeout=600)
-    assert done.returncode == 0, f"status {done.returncode}"
-    return json.loads(done.stdout)
 
 
 def check_shape(report):
@@ -46,45 +35,44 @@ def check_shape(report):
     assert report["wrong_exact_tokens"] == 0, "an exact run gave other tokens"
 
 
-def check_balanced(report):
-    """What an earlier agent has read or written is reused by the later ones, over the wire."""
+def demo(kvloom, folder, quality, rounds):
+    done = subprocess.run(
+        [kvloom, "demo", "--model", MODEL, "--agents", str(AGENTS), "--rounds", str(rounds),
+         "--max-tokens", "24", "--quality", quality, "--data", os.path.join(ROOT, "agents", "data"),
+         "--json", "--report", os.path.join(folder, "report.html")],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=folder, check=False, timeout=600)
+    assert done.returncode == 0, f"status {done.returncode}"
+    with open(os.path.join(folder, "report.html"), encoding="utf-8") as file:
+        page = file.read()
+    # Self-contained: nothing is loaded from elsewhere.
+    assert len(page) > 1000 and "src=\"http" not in page and "href=\"http" not in page
+    report = json.loads(done.stdout)
     check_shape(report)
+    return report
+
+
+def check_balanced(kvloom, folder):
+    """What an earlier agent has read or written is reused by the later ones, over the wire."""
+    report = demo(kvloom, folder, "balanced", 3)
     assert report["reuse_rate"] > 0.5, report["reuse_rate"]
     last = report["agents"][-1]
     assert last["computed"] < last["prompt_tokens"] / 2, last
     assert sum(agent["fetched_bytes"] for agent in report["agents"][1:]) > 0, "nothing was fetched"
 
 
-def check_exact(report):
+def check_exact(kvloom, folder):
     """One word turns approximation off: nothing is placed, and the answers are full prefill's."""
-    check_shape(report)
-    for agent in report["agents"]:
+    for agent in demo(kvloom, folder, "exact", 2)["agents"]:
         assert agent["placed"] == agent["offset"] == agent["blended"] == 0, agent
         assert agent["top1_agreement"] == 1 and agent["kl"] < 1e-6, agent
 
 
 def main():
-    kvloom = os.path.abspath(os.path.join(sys.argv[1] if len(sys.argv) > 1 else "build/release",
-                                          "kvloom"))
-    if not os.path.exists(peers.model_path(MODEL)):
-        print(f"{MODEL} is not in the cache: fetch it with kvloom model pull {MODEL}")
-        return 77
-    n_failed = 0
-    for quality, rounds, check in (("balanced", 3, check_balanced), ("exact", 2, check_exact)):
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                check(demo(kvloom, folder, quality, rounds))
-                page = os.path.join(folder, "report.html")
-                assert os.path.getsize(page) > 1000, "no report"
-                with open(page, encoding="utf-8") as file:
-                    text = file.read()
-                # Self-contained: nothing is loaded from elsewhere.
-                assert "src=\"http" not in text and "href=\"http" not in text
-                print(f"{quality}: as promised", flush=True)
-            except AssertionError as error:
-                n_failed += 1
-                print(f"{quality}: {error or 'an assertion failed'}", flush=True)
-    return 1 if n_failed else 0
+    contract.need_model(MODEL)
+    checks = contract.Checks()
+    for check in (check_balanced, check_exact):
+        checks.run_in_folder(check, contract.program())
+    return checks.status()
 
 
 if __name__ == "__main__":

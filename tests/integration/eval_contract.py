@@ -13,14 +13,20 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path.insert(0, os.path.join(ROOT, "tests", "support"))
-import peers  # noqa: E402
+import contract  # noqa: E402
 
 MODEL = "smollm2-135m"
 FIGURES = {"em_balanced", "em_fast", "em_verified", "read_full", "read_balanced",
-           "kl_balanced_open", "recomputed_balanced"}
+           "acc_pooled_balanced", "acc_pooled_cacheblend15", "kl_balanced_open",
+           "kl_balanced_agents", "top1_balanced_agents", "recomputed_balanced"}
 
 
-def check(report):
+def check_eval_reuse():
+    done = subprocess.run(
+        [contract.program(), "eval", "reuse", "--quick", "--json", "--model", MODEL],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=900, check=False)
+    assert done.returncode == 0, f"status {done.returncode}"
+    report = json.loads(done.stdout)
     assert report["name"] == "reuse"
     assert not FIGURES - set(report["figures"]), FIGURES - set(report["figures"])
     # Approximation is a head start, never the last word.
@@ -34,25 +40,18 @@ def check(report):
             assert row["recomputed"] == 0, row
             # Something was approximated at all, or nothing is tested here.
             assert row["kl"] > 1e-4, row
+        if policy == "full":
+            assert row["kl"] == 0 and row["exact_match"] == 1 and row["ttft_ratio"] == 1, row
         if policy not in ("full", "verified"):
             assert row["recomputed"] <= 0.31, row
-    assert len(rows) == len(report["rows"]) >= 40
+    assert len(rows) == len(report["rows"]) >= 35
 
 
 def main():
-    kvloom = os.path.join(sys.argv[1] if len(sys.argv) > 1 else "build/release", "kvloom")
-    if not os.path.exists(peers.model_path(MODEL)):
-        print(f"{MODEL} is not in the cache: fetch it with kvloom model pull {MODEL}")
-        return 77
-    done = subprocess.run([kvloom, "eval", "reuse", "--quick", "--json", "--model", MODEL],
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=900,
-                          check=False)
-    if done.returncode != 0:
-        print(f"status {done.returncode}")
-        return 1
-    check(json.loads(done.stdout))
-    print("eval reuse: as promised")
-    return 0
+    contract.need_model(MODEL)
+    checks = contract.Checks()
+    checks.run(check_eval_reuse)
+    return checks.status()
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(os.path.dirname(HERE), "support"))
-import peers  # noqa: E402
+import contract  # noqa: E402
 
 MODEL = "smollm2-135m"
 # Long runs of blanks, digits, emoji with joiners, and bytes that are no UTF-8: a lone continuation,
@@ -120,23 +119,12 @@ def check_bench_attention(kvloom, folder):
 
 
 def main():
-    kvloom = os.path.abspath(os.path.join(sys.argv[1] if len(sys.argv) > 1 else "build/release",
-                                          "kvloom"))
-    if not os.path.exists(peers.model_path(MODEL)):
-        print(f"{MODEL} is not in the cache: fetch it with kvloom model pull {MODEL}")
-        return 77
-    n_failed = 0
+    contract.need_model(MODEL)
+    checks = contract.Checks()
     for check in (check_streaming_equals_json, check_messages_equal_prompt, check_chat_goes_on,
-                  check_tokens_round_trip,
-                  check_bench, check_bench_attention):
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                check(kvloom, folder)
-                print(f"{check.__name__}: as promised", flush=True)
-            except AssertionError as error:
-                n_failed += 1
-                print(f"{check.__name__}: {error or 'an assertion failed'}", flush=True)
-    return 1 if n_failed else 0
+                  check_tokens_round_trip, check_bench, check_bench_attention):
+        checks.run_in_folder(check, contract.program())
+    return checks.status()
 
 
 if __name__ == "__main__":

@@ -7,18 +7,19 @@ SECONDS (8) is how long clients come and go at random. Exit status 77 where the 
 cache."""
 import concurrent.futures
 import copy
+import http.client
 import json
 import os
 import random
+import ssl
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(os.path.dirname(HERE), "support"))
-import peers  # noqa: E402
+import contract  # noqa: E402
 from http_server import MODEL, Server  # noqa: E402
 
 CHAT, TEXT, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -273,6 +274,41 @@ def check_keys_and_tenants(kvloom, folder):
         assert cached[0] == cached[1] == 0 < cached[2], cached
 
 
+def check_tls(kvloom, folder):
+    """Nothing but TLS 1.2 and 1.3 at the port; a pair that is none, or open to others, is refused."""
+    certificate, key = os.path.join(folder, "certificate.pem"), os.path.join(folder, "key.pem")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                    "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+                    "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
+                   check=True, capture_output=True)
+    os.chmod(key, 0o600)
+    tls = ("--tls-certificate", certificate, "--tls-key", key)
+    with Server(kvloom, "127.0.0.1:0", *tls) as server:
+        assert server.address.startswith("https://"), server.address
+        server.trust = ssl.create_default_context(cafile=certificate)
+        status, answer = server.chat("Name a colour.", max_tokens=4)
+        assert status == 200 and answer["choices"], answer
+        old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
+        old.set_ciphers("ALL:@SECLEVEL=0")
+        old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
+        server.trust = old
+        for plain in (False, True):
+            if plain:
+                server.address = server.address.replace("https", "http")
+            try:
+                answered = server.ask("GET", "/health")[0]
+            except (OSError, http.client.HTTPException):
+                continue
+            raise AssertionError(f"answered {answered} without TLS 1.2")
+    for options, word in (((*tls[:2], "--tls-key", certificate), "chmod"),
+                          (("--tls-certificate", key, "--tls-key", key), "pair"),
+                          (tls[:2], "together")):
+        refused = subprocess.run([kvloom, "serve", "--model", MODEL, "--http", "127.0.0.1:0",
+                                  *options], capture_output=True, text=True, check=False)
+        assert refused.returncode == 1 and word in refused.stderr, refused
+
+
 def check_addresses(kvloom, folder):
     refused = subprocess.run([kvloom, "serve", "--model", MODEL, "--http", "0.0.0.0:0"],
                              capture_output=True, text=True, check=False)
@@ -319,35 +355,21 @@ def check_few_pages(kvloom, _folder):
 
 
 def main():
-    kvloom = os.path.abspath(os.path.join(sys.argv[1] if len(sys.argv) > 1 else "build/release",
-                                          "kvloom"))
+    kvloom = contract.program()
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 8.0
-    if not os.path.exists(peers.model_path(MODEL)):
-        print(f"{MODEL} is not in the cache: fetch it with kvloom model pull {MODEL}")
-        return 77
-    failed = []
-
-    def run(check, *arguments):
-        start = time.monotonic()
-        try:
-            check(*arguments)
-            print(f"{check.__name__}: as promised ({time.monotonic() - start:.1f} s)", flush=True)
-        except AssertionError as error:
-            failed.append(check)
-            print(f"{check.__name__}: {error or 'an assertion failed'}", flush=True)
-
+    contract.need_model(MODEL)
+    checks = contract.Checks()
     with Server(kvloom) as server:
         for check in (check_streams_say_what_whole_answers_say, check_completions_and_logprobs,
                       check_what_is_known_is_not_computed_again, check_sampling_fields,
                       check_errors_name_the_field, check_hostile_bodies,
                       check_32_at_once_answer_as_one_alone):
-            run(check, server)
-        run(check_clients_that_leave, server, seconds)
+            checks.run(check, server)
+        checks.run(check_clients_that_leave, server, seconds)
         assert server.stop() == 0, server.said
-    for check in (check_keys_and_tenants, check_addresses, check_back_pressure, check_few_pages):
-        with tempfile.TemporaryDirectory() as folder:
-            run(check, kvloom, folder)
-    return 1 if failed else 0
+    for check in (check_keys_and_tenants, check_tls, check_addresses, check_back_pressure, check_few_pages):
+        checks.run_in_folder(check, kvloom)
+    return checks.status()
 
 
 if __name__ == "__main__":

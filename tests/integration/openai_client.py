@@ -12,6 +12,7 @@ import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(os.path.dirname(HERE), "support"))
+import contract  # noqa: E402
 import peers  # noqa: E402
 from http_server import MODEL, Server  # noqa: E402
 
@@ -111,34 +112,25 @@ def check_errors(client):
 
 
 def main():
-    kvloom = os.path.abspath(os.path.join(sys.argv[1] if len(sys.argv) > 1 else "build/release",
-                                          "kvloom"))
-    if not os.path.exists(peers.model_path(MODEL)):
-        print(f"{MODEL} is not in the cache: fetch it with kvloom model pull {MODEL}")
-        return 77
+    contract.need_model(MODEL)
     try:
         peers.run_again_under("openai", ["openai"])
     except (subprocess.CalledProcessError, OSError) as error:
         print(f"the openai client could not be fetched: {error}")
         return 77
     import openai
-    n_failed = 0
+    checks = contract.Checks()
     with tempfile.TemporaryDirectory() as folder:
         keys = os.path.join(folder, "keys")
         with open(keys, "w", encoding="ascii") as out:
             out.write(f"tests {KEY}\n")
-        with Server(kvloom, "127.0.0.1:0", "--api-keys", keys) as server:
+        with Server(contract.program(), "127.0.0.1:0", "--api-keys", keys) as server:
             client = openai.OpenAI(base_url=server.address + "/v1", api_key=KEY, max_retries=0)
-            for check in (check_conversation, check_streaming, check_completions, check_responses, check_models,
-                          check_errors):
-                try:
-                    check(client)
-                    print(f"{check.__name__}: as promised", flush=True)
-                except AssertionError as error:
-                    n_failed += 1
-                    print(f"{check.__name__}: {error or 'an assertion failed'}", flush=True)
+            for check in (check_conversation, check_streaming, check_completions, check_responses,
+                          check_models, check_errors):
+                checks.run(check, client)
             client.close()
-    return 1 if n_failed else 0
+    return checks.status()
 
 
 if __name__ == "__main__":

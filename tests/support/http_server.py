@@ -27,6 +27,7 @@ class Server:
     """with Server(kvloom, "127.0.0.1:0", "--answers", "8") as server: ..."""
 
     def __init__(self, kvloom, address="127.0.0.1:0", *options):
+        self.trust = None  # an ssl.SSLContext, where the server speaks TLS
         command = [kvloom, "serve", "--model", MODEL, "--http", address, *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                         stdin=subprocess.DEVNULL, text=True)
@@ -51,7 +52,11 @@ class Server:
     def connect(self):
         if self.address.startswith("unix:"):
             return UnixConnection(self.address[len("unix:"):])
-        host, port = self.address[len("http://"):].rsplit(":", 1)
+        scheme, place = self.address.split("://", 1)
+        host, port = place.rsplit(":", 1)
+        if scheme == "https":
+            return http.client.HTTPSConnection(host.strip("[]"), int(port), timeout=TIMEOUT_S,
+                                               context=self.trust)
         return http.client.HTTPConnection(host.strip("[]"), int(port), timeout=TIMEOUT_S)
 
     def ask(self, method, path, body=None, headers=None):

@@ -13,189 +13,14 @@
 
 #include <cmocka.h>
 
-#include "base/alloc.h"
-#include "base/file.h"
-#include "host.pb-c.h"
-#include "host/host.h"
-#include "test_random.h"
-#include "tiny_gguf.h"
-
-#include <pthread.h>
-
-enum { N_HOSTS = 2, ANSWER = 6, CALL_S = 60 };
-
-typedef struct fixture {
-    char directory[64];
-    char model[128];
-    char endpoints[N_HOSTS][128], stores[N_HOSTS][128];
-    kvl_host *hosts[N_HOSTS];
-    pthread_t threads[N_HOSTS];
-    kvl_exchange *client;
-} fixture;
-
-static const char *const names[N_HOSTS] = {"one", "two"};
-
-static void *run_host(void *host)
-{
-    kvl_host_run(host);
-    return NULL;
-}
-
-static void start_host(fixture *f, int h)
-{
-    const int other = 1 - h;
-    const kvl_exchange_peer peer = {.name = names[other], .endpoint = f->endpoints[other]};
-    kvl_host_options options = kvl_host_default_options();
-    options.name = names[h];
-    options.endpoint = f->endpoints[h];
-    options.peers = &peer;
-    options.n_peers = 1;
-    options.store_path = f->stores[h];
-    options.store_bytes_max = 64 << 20;
-    options.memory_bytes_max = 64 << 20;
-    options.engine = (kvl_engine_options){.model_path = f->model, .n_threads = 1, .n_pages = 128};
-    options.anchors.distance_max = 1000.0F; /* random weights: nothing is near anything */
-    memset(options.tenant_key, 42, sizeof options.tenant_key);
-    kvl_error error = {0};
-    if (kvl_host_create(&options, &f->hosts[h], &error) != KVL_OK) fail_msg("%s", error.text);
-    assert_int_equal(pthread_create(&f->threads[h], NULL, run_host, f->hosts[h]), 0);
-}
-
-static void stop_host(fixture *f, int h)
-{
-    if (f->hosts[h] == NULL) return;
-    kvl_host_stop(f->hosts[h]);
-    pthread_join(f->threads[h], NULL);
-    kvl_host_destroy(f->hosts[h]);
-    f->hosts[h] = NULL;
-}
-
-static void wait_until(fixture *f, int h, bool up)
-{
-    for (int i = 0; i < 2000 && kvl_exchange_peer_is_up(f->client, names[h]) != up; i++) {
-        const struct timespec pause = {0, 5000000};
-        (void)nanosleep(&pause, NULL);
-    }
-    assert_int_equal(kvl_exchange_peer_is_up(f->client, names[h]), up);
-}
-
-static int setup(void **state)
-{
-    static fixture f;
-    f = (fixture){.directory = "/tmp/kvloom-host-XXXXXX"};
-    assert_non_null(mkdtemp(f.directory));
-    (void)snprintf(f.model, sizeof f.model, "%s/model.gguf", f.directory);
-    kvl_tiny_gguf_options tiny = kvl_tiny_gguf_defaults("llama");
-    tiny.n_layers = 3;
-    tiny.n_context = 512;
-    kvl_tiny_gguf_save(&tiny, f.model);
-    kvl_exchange_peer peers[N_HOSTS];
-    for (int h = 0; h < N_HOSTS; h++) {
-        (void)snprintf(f.endpoints[h], sizeof f.endpoints[h], "ipc://%s/%d.sock", f.directory, h);
-        (void)snprintf(f.stores[h], sizeof f.stores[h], "%s/store-%d", f.directory, h);
-        peers[h] = (kvl_exchange_peer){.name = names[h], .endpoint = f.endpoints[h]};
-    }
-    for (int h = 0; h < N_HOSTS; h++) start_host(&f, h);
-    const kvl_exchange_options client = {
-        .name = "client", .peers = peers, .n_peers = N_HOSTS, .clock = kvl_clock_system()};
-    kvl_error error = {0};
-    if (kvl_exchange_start(&client, &f.client, &error) != KVL_OK) fail_msg("%s", error.text);
-    for (int h = 0; h < N_HOSTS; h++) wait_until(&f, h, true);
-    *state = &f;
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    fixture *f = *state;
-    kvl_exchange_stop(f->client);
-    for (int h = 0; h < N_HOSTS; h++) stop_host(f, h);
-    kvl_error error = {0};
-    assert_int_equal(kvl_directory_remove(f->directory, &error), KVL_OK);
-    return 0;
-}
-
-/* "Fixed text {question} more fixed text {answer} the end": the answer's slot is left out where
- * there is no answer yet. */
-typedef struct asked {
-    const char *question;
-    const Kvloom__V1__RunReply *answer;
-    Kvloom__V1__Mode mode;
-    Kvloom__V1__Quality quality;
-    const char *select; /* NULL: a prompt of a workflow, with anchors */
-} asked;
-
-static kvl_status call(fixture *f, int h, const Kvloom__V1__HostTask *task,
-                       Kvloom__V1__HostReply **reply, kvl_error *error)
-{
-    uint8_t body[16384];
-    const size_t n_bytes = kvloom__v1__host_task__get_packed_size(task);
-    assert_true(n_bytes <= sizeof body);
-    (void)kvloom__v1__host_task__pack(task, body);
-    void *answer = NULL;
-    size_t n_answer = 0;
-    const int64_t deadline = kvl_clock_now(kvl_clock_system()) + CALL_S * KVL_NS_PER_S;
-    const kvl_status status =
-        kvl_exchange_call(f->client, names[h], body, n_bytes, deadline, &answer, &n_answer, error);
-    if (status != KVL_OK) return status;
-    *reply = kvloom__v1__host_reply__unpack(NULL, n_answer, answer);
-    kvl_free(answer);
-    assert_non_null(*reply);
-    return KVL_OK;
-}
-
-static void text_part(Kvloom__V1__PromptPart *part, const char *slot, const char *text)
-{
-    kvloom__v1__prompt_part__init(part);
-    if (slot != NULL) part->slot = (char *)(uintptr_t)slot;
-    part->text = (ProtobufCBinaryData){strlen(text), (uint8_t *)(uintptr_t)text};
-}
-
-static Kvloom__V1__HostReply *run(fixture *f, int h, const asked *what)
-{
-    Kvloom__V1__PromptPart parts[5];
-    Kvloom__V1__PromptPart *pointers[5];
-    size_t n = 0;
-    text_part(&parts[n++], NULL, "<|im_start|>a rather long opening, the same in every prompt\n");
-    text_part(&parts[n++], "question", what->question);
-    text_part(&parts[n++], NULL, "\nand then\n");
-    if (what->answer != NULL) {
-        Kvloom__V1__PromptPart *part = &parts[n++];
-        kvloom__v1__prompt_part__init(part);
-        part->slot = (char *)(uintptr_t) "answer";
-        part->n_tokens = what->answer->n_tokens;
-        part->tokens = what->answer->tokens;
-        part->home = what->answer->home;
-        text_part(&parts[n++], NULL, "\nthe end<|im_end|>\n");
-    }
-    for (size_t p = 0; p < n; p++) pointers[p] = &parts[p];
-    Kvloom__V1__RunTask task = KVLOOM__V1__RUN_TASK__INIT;
-    task.workflow = (char *)(uintptr_t)(what->select == NULL ? "test" : "");
-    task.select = (char *)(uintptr_t)(what->select == NULL ? "" : what->select);
-    task.template_name = (char *)(uintptr_t)names[h];
-    task.n_parts = n;
-    task.parts = pointers;
-    task.mode = what->mode;
-    task.quality = what->quality;
-    task.max_tokens = ANSWER;
-    task.evaluate = what->mode == KVLOOM__V1__MODE__MODE_REUSE;
-    task.place_only = task.evaluate;
-    Kvloom__V1__HostTask message = KVLOOM__V1__HOST_TASK__INIT;
-    message.what_case = KVLOOM__V1__HOST_TASK__WHAT_RUN;
-    message.run = &task;
-    Kvloom__V1__HostReply *reply = NULL;
-    kvl_error error = {0};
-    if (call(f, h, &message, &reply, &error) != KVL_OK) fail_msg("%s", error.text);
-    assert_int_equal(reply->what_case, KVLOOM__V1__HOST_REPLY__WHAT_RUN);
-    return reply;
-}
+#include "host_run_case.h"
 
 /* Runs in full, then with reuse, and returns the reply of the second. */
 static Kvloom__V1__HostReply *run_both(fixture *f, int h, const char *question,
                                        const Kvloom__V1__RunReply *answer,
                                        Kvloom__V1__Quality quality)
 {
-    asked what = {question, answer, KVLOOM__V1__MODE__MODE_FULL, quality, NULL};
+    asked what = {question, answer, KVLOOM__V1__MODE__MODE_FULL, quality, NULL, 0, false, 0.0};
     Kvloom__V1__HostReply *full = run(f, h, &what);
     what.mode = KVLOOM__V1__MODE__MODE_REUSE;
     Kvloom__V1__HostReply *reuse = run(f, h, &what);
@@ -216,12 +41,6 @@ static Kvloom__V1__HostReply *run_both(fixture *f, int h, const char *question,
     kvloom__v1__host_reply__free_unpacked(full, NULL);
     return reuse;
 }
-
-static const char *const questions[] = {
-    "What is it that the first of all questions asks of us, here and now, before the day?",
-    "Why would anybody want a second question, when the first one has no answer at all yet?",
-    "How many questions are there going to be in this test, and who counts them all then?",
-};
 
 static uint32_t count(const Kvloom__V1__HostReply *reply, const char *slot, char what)
 {
@@ -323,7 +142,7 @@ static void test_a_lost_segment_is_computed(void **state)
 static Kvloom__V1__HostReply *blended(fixture *f, const char *question, const char *select,
                                       Kvloom__V1__Quality quality)
 {
-    asked what = {question, NULL, KVLOOM__V1__MODE__MODE_REUSE, quality, select};
+    asked what = {question, NULL, KVLOOM__V1__MODE__MODE_REUSE, quality, select, 0, false, 0.0};
     what.mode = KVLOOM__V1__MODE__MODE_FULL;
     kvloom__v1__host_reply__free_unpacked(run(f, 0, &what), NULL);
     what.mode = KVLOOM__V1__MODE__MODE_REUSE;
@@ -342,13 +161,6 @@ static Kvloom__V1__HostReply *blended(fixture *f, const char *question, const ch
     kvloom__v1__host_reply__free_unpacked(first, NULL);
     kvloom__v1__host_reply__free_unpacked(full, NULL);
     return reply;
-}
-
-static uint32_t count_blended(const Kvloom__V1__HostReply *reply)
-{
-    uint32_t n = 0;
-    for (size_t p = 0; p < reply->run->n_parts; p++) n += reply->run->parts[p]->blended;
-    return n;
 }
 
 /* What is recomputed is what the policy says, and everything recomputed in order is a full prefill,

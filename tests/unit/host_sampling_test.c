@@ -120,9 +120,10 @@ static void test_draws_follow_the_distribution(void **state)
         for (uint32_t id = 0; id < VOCABULARY; id++) {
             const double p = expected[id];
             const double bound = 5.0 * sqrt(DRAWS * p * (1.0 - p)) + 1e-9;
-            /* At the edge of top-p and min-p rounding of float32 decides who is in. */
+            /* What is rare is drawn twice more often than a normal distribution has it: a count has
+             * Poisson's tail, and 3 more than five deviations is one in ten million. */
             const bool edge = p == 0.0 || fabs(p - 1.0) < 1e-12;
-            if (fabs(counts[id] - DRAWS * p) > bound + (edge ? 0.0 : 1.0))
+            if (fabs(counts[id] - DRAWS * p) > bound + (edge ? 0.0 : 3.0))
                 fail_msg("token %u: drawn %u times, %g expected", id, counts[id], DRAWS * p);
         }
     }

@@ -375,6 +375,54 @@ static void test_container_is_its_layers(void **state)
     kvl_pool_destroy(threads);
 }
 
+/* Layer by layer without the backend: the same bits as a whole container, whatever the format,
+ * whether tokens stand side by side in their pages or anywhere. */
+static void test_layers_are_the_container(void **state)
+{
+    (void)state;
+    kvl_random random = kvl_test_random();
+    static const kvl_kv_dtype dtypes[] = {KVL_KV_F32, KVL_KV_F16, KVL_KV_BF16, KVL_KV_INT8};
+    for (int round = 0; round < ROUNDS; round++) {
+        scene *s = scene_random(&random);
+        const uint32_t more = kvl_test_below(&random, 5);
+        if (round % 2 == 0) {
+            const uint32_t first = kvl_test_below(&random, 4 * 16 - TOKENS_MAX + 1);
+            for (uint32_t i = 0; i < TOKENS_MAX; i++) s->slots[i] = first + i;
+        }
+        kvl_container *container = segment_of(s, more, dtypes[kvl_test_below(&random, 4)]);
+        kvl_container_seal(container);
+        const kvl_place_options options = {
+            .token_first = more, .scratch = s->scratch, .n_scratch_floats = 2 * s->n};
+        assert_int_equal(kvl_place_container(&s->target, container, &s->tokens, &options, NULL),
+                         KVL_OK);
+        float *wanted = kvl_alloc(s->n_pages_floats * sizeof *wanted);
+        size_t n_scratch = 0;
+        assert_true(kvl_place_layer_floats(&s->pages, &n_scratch));
+        float *scratch = kvl_alloc_aligned(n_scratch * sizeof *scratch);
+        assert_true(wanted != NULL && scratch != NULL);
+        memcpy(wanted, s->pages.memory, s->n_pages_floats * sizeof *wanted);
+        memset(s->pages.memory, 0, s->n_pages_floats * sizeof *wanted);
+        n_writes = 0;
+        for (uint32_t l = 0; l < s->pages.n_layers; l++)
+            assert_int_equal(
+                kvl_place_layer(&s->target, container, l, &s->tokens, more, scratch, NULL), KVL_OK);
+        assert_int_equal(n_writes, 0);
+        assert_memory_equal(s->pages.memory, wanted, s->n_pages_floats * sizeof *wanted);
+        /* What does not fit is told before anything is written. */
+        assert_int_equal(
+            kvl_place_layer(&s->target, container, 0, &s->tokens, 2 * more + 1, scratch, NULL),
+            KVL_ERR_OUT_OF_RANGE);
+        s->positions[0] = POSITIONS;
+        assert_int_equal(kvl_place_check(&s->target, container, &s->tokens, more, NULL),
+                         KVL_ERR_OUT_OF_RANGE);
+        assert_memory_equal(s->pages.memory, wanted, s->n_pages_floats * sizeof *wanted);
+        kvl_free(scratch);
+        kvl_free(wanted);
+        kvl_container_release(container);
+        scene_free(s);
+    }
+}
+
 static void test_container_of_another_shape_is_refused(void **state)
 {
     (void)state;
@@ -452,6 +500,7 @@ int main(void)
         cmocka_unit_test(test_score_depends_on_distance_only),
         cmocka_unit_test(test_out_of_range_writes_nothing),
         cmocka_unit_test(test_container_is_its_layers),
+        cmocka_unit_test(test_layers_are_the_container),
         cmocka_unit_test(test_container_of_another_shape_is_refused),
         cmocka_unit_test(test_damaged_block_is_refused),
     };

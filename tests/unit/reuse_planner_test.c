@@ -383,6 +383,10 @@ static void test_any_prompt_adds_up(void **state)
             .short_text_tokens = kvl_test_below(&random, 100),
             .blend = kvl_test_below(&random, 3) == 0,
             .blend_share = 0.2,
+            .errors = kvl_error_model_first(),
+            .error_budget = kvl_test_below(&random, 3) != 0
+                                ? HUGE_VAL
+                                : (double)kvl_test_below(&random, 40) / 100,
         };
         kvl_plan_make(&options, &rates, parts, n, steps, &totals);
         bool in_prefix = options.reuse, slot_seen = false;
@@ -404,6 +408,204 @@ static void test_any_prompt_adds_up(void **state)
         assert_int_equal(totals.n_placed + totals.n_offset + totals.n_blended, n_reused);
         assert_int_equal(totals.n_shared + n_reused + totals.n_computed, n_tokens);
     }
+}
+
+static double random_kl(kvl_random *random)
+{
+    return (double)kvl_test_below(random, 1000) / 1000.0;
+}
+
+/* What the planner may choose of a part, priced by plans in which it alone is so. */
+typedef struct priced {
+    double cost, error;
+} priced;
+
+static double price_total(const kvl_plan_options *options, const kvl_plan_part *parts, size_t n,
+                          const bool *computed, double *error)
+{
+    kvl_plan_part changed[PARTS_MAX];
+    kvl_plan_step steps[PARTS_MAX];
+    kvl_plan_totals totals;
+    for (size_t i = 0; i < n; i++) {
+        changed[i] = parts[i];
+        if (computed[i]) changed[i].where = KVL_SEGMENT_NOWHERE;
+    }
+    kvl_plan_options free_of_budget = *options;
+    free_of_budget.error_budget = HUGE_VAL;
+    kvl_plan_make(&free_of_budget, &rates, changed, n, steps, &totals);
+    *error = totals.error;
+    return totals.cost_ms;
+}
+
+/* Of all ways to compute some of the parts, by brute force. */
+static priced cheapest(const kvl_plan_options *options, const kvl_plan_part *parts, size_t n)
+{
+    priced best = {HUGE_VAL, HUGE_VAL};
+    for (uint32_t set = 0; set < 1U << n; set++) {
+        bool computed[PARTS_MAX] = {false};
+        for (size_t i = 0; i < n; i++) computed[i] = (set >> i & 1U) != 0;
+        priced at = {0.0, 0.0};
+        at.cost = price_total(options, parts, n, computed, &at.error);
+        if (at.error <= options->error_budget && at.cost < best.cost) best = at;
+    }
+    return best;
+}
+
+static kvl_plan_options random_budget(kvl_random *random)
+{
+    kvl_plan_options options = kvl_plan_default_options();
+    options.quality = KVL_QUALITY_FAST;
+    options.all_or_nothing = false;
+    options.anchors = kvl_test_below(random, 4) != 0;
+    for (uint32_t a = KVL_ACTION_PLACE; a < KVL_ACTIONS; a++)
+        options.errors.kl[a] = random_kl(random);
+    options.error_budget = 0.001 + 0.3 * random_kl(random);
+    return options;
+}
+
+/* As cheap as what brute force finds among all subsets of computed parts, and within the budget. */
+static void test_the_cheapest_under_the_budget_is_chosen(void **state)
+{
+    (void)state;
+    kvl_random random = kvl_test_random();
+    uint32_t n_bound = 0;
+    for (int round = 0; round < 2000; round++) {
+        kvl_plan_part parts[PARTS_MAX];
+        kvl_plan_step steps[PARTS_MAX];
+        kvl_plan_totals totals;
+        const size_t n = 1 + kvl_test_below(&random, 6);
+        for (size_t i = 0; i < n; i++) parts[i] = random_part(&random);
+        const kvl_plan_options options = random_budget(&random);
+        kvl_plan_make(&options, &rates, parts, n, steps, &totals);
+        const priced best = cheapest(&options, parts, n);
+        assert_true(totals.error <= options.error_budget);
+        assert_true(totals.cost_ms <= best.cost * (1.0 + 1e-9));
+        kvl_plan_options no_budget = options;
+        no_budget.error_budget = HUGE_VAL;
+        kvl_plan_make(&no_budget, &rates, parts, n, steps, &totals);
+        n_bound += totals.error > options.error_budget;
+    }
+    assert_true(n_bound > 200); /* otherwise the budget was not asked */
+}
+
+static void test_more_budget_never_costs_more_and_none_is_exact(void **state)
+{
+    (void)state;
+    kvl_random random = kvl_test_random();
+    for (int round = 0; round < 2000; round++) {
+        kvl_plan_part parts[PARTS_MAX];
+        kvl_plan_step steps[PARTS_MAX], exact_steps[PARTS_MAX];
+        kvl_plan_totals totals, exact;
+        const size_t n = 1 + kvl_test_below(&random, PARTS_MAX);
+        for (size_t i = 0; i < n; i++) parts[i] = random_part(&random);
+        kvl_plan_options options = random_budget(&random);
+        options.blend = kvl_test_below(&random, 2) == 0;
+        kvl_plan_options is_exact = options;
+        is_exact.quality = KVL_QUALITY_EXACT;
+        kvl_plan_make(&is_exact, &rates, parts, n, exact_steps, &exact);
+        options.error_budget = 0.0;
+        kvl_plan_make(&options, &rates, parts, n, steps, &totals);
+        assert_int_equal(totals.n_shared, exact.n_shared);
+        assert_int_equal(totals.n_computed, exact.n_computed);
+        assert_true(totals.error == 0.0);
+        for (size_t i = 0; i < n; i++) {
+            assert_int_equal(steps[i].action, exact_steps[i].action);
+            assert_int_equal(steps[i].n_reused, 0);
+        }
+        double before = totals.cost_ms;
+        for (int step = 1; step <= 8; step++) {
+            options.error_budget = 0.05 * step;
+            kvl_plan_make(&options, &rates, parts, n, steps, &totals);
+            assert_true(totals.error <= options.error_budget);
+            assert_true(totals.cost_ms <= before * (1.0 + 1e-9));
+            before = totals.cost_ms;
+            double sum = 0.0;
+            for (size_t i = 0; i < n; i++) sum += steps[i].error;
+            assert_near(sum, totals.error);
+        }
+    }
+}
+
+/* A slot that is corrected is blended where that is what the budget has room for. */
+static void test_a_tight_budget_blends_before_it_computes(void **state)
+{
+    (void)state;
+    kvl_plan_options options = kvl_plan_default_options();
+    options.blend = true;
+    options.errors.kl[KVL_ACTION_OFFSET] = 0.5;
+    options.errors.kl[KVL_ACTION_BLEND] = 0.1;
+    const kvl_plan_part parts[2] = {slot(400, KVL_ANCHOR_SHARE), text(10)};
+    kvl_plan_step steps[2];
+    kvl_plan_totals totals;
+    kvl_plan_make(&options, &rates, parts, 2, steps, &totals);
+    assert_int_equal(steps[0].action, KVL_ACTION_OFFSET);
+    options.error_budget = 0.2;
+    kvl_plan_make(&options, &rates, parts, 2, steps, &totals);
+    assert_int_equal(steps[0].action, KVL_ACTION_BLEND);
+    options.error_budget = 0.05;
+    kvl_plan_make(&options, &rates, parts, 2, steps, &totals);
+    assert_int_equal(steps[0].action, KVL_ACTION_COMPUTE);
+    assert_non_null(strstr(steps[0].reason, "budget"));
+}
+
+/* More parts than are weighed against each other: the rest is computed, within the budget. */
+static void test_many_parts_stay_under_the_budget(void **state)
+{
+    (void)state;
+    enum { MANY = 200 };
+    kvl_random random = kvl_test_random();
+    kvl_plan_part parts[MANY];
+    kvl_plan_step steps[MANY];
+    kvl_plan_totals totals;
+    for (int round = 0; round < 50; round++) {
+        for (size_t i = 0; i < MANY; i++) {
+            parts[i] = random_part(&random);
+            parts[i].n_shared = 0;
+        }
+        kvl_plan_options options = random_budget(&random);
+        options.blend = kvl_test_below(&random, 2) == 0;
+        options.error_budget = 0.05;
+        kvl_plan_make(&options, &rates, parts, MANY, steps, &totals);
+        assert_true(totals.error <= options.error_budget);
+        kvl_action slot_action = KVL_ACTION_COMPUTE;
+        for (size_t i = 0; i < MANY; i++) {
+            /* A text is corrected beside a slot that is, and nowhere else. */
+            if (parts[i].kind == KVL_PART_TEXT && steps[i].action == KVL_ACTION_OFFSET)
+                assert_int_equal(slot_action, KVL_ACTION_OFFSET);
+            slot_action = steps[i].action;
+        }
+    }
+}
+
+static void test_errors_are_learnt(void **state)
+{
+    (void)state;
+    kvl_random random = kvl_test_random();
+    const double truth[KVL_ACTIONS] = {0.0, 0.0, 0.5, 0.02, 0.2};
+    kvl_error_model model = kvl_error_model_first();
+    for (int i = 0; i < 20000; i++) {
+        double shares[KVL_ACTIONS] = {0.0};
+        double kl = 0.0;
+        for (uint32_t a = 0; a < KVL_ACTIONS; a++) {
+            shares[a] = random_kl(&random) / KVL_ACTIONS;
+            kl += shares[a] * truth[a];
+        }
+        kvl_error_learn(&model, shares, kl * (0.5 + random_kl(&random)));
+    }
+    for (uint32_t a = 0; a < KVL_ACTIONS; a++) {
+        assert_true(model.kl[a] > truth[a] - 0.12);
+        assert_true(model.kl[a] < truth[a] + 0.12);
+    }
+    const kvl_error_model before = model;
+    const double nothing[KVL_ACTIONS] = {0.9, 0.1};
+    kvl_error_learn(&model, nothing, 3.0); /* exact actions have no error to learn */
+    kvl_error_learn(&model, truth, nan(""));
+    assert_memory_equal(&before, &model, sizeof model);
+    const double all_placed[KVL_ACTIONS] = {0.0, 0.0, 1.0};
+    for (int i = 0; i < 1000; i++) kvl_error_learn(&model, all_placed, 1e30);
+    assert_true(model.kl[KVL_ACTION_PLACE] <= 10.0);
+    for (int i = 0; i < 1000; i++) kvl_error_learn(&model, all_placed, -1.0);
+    assert_true(model.kl[KVL_ACTION_PLACE] >= 0.0);
 }
 
 /* Chunks that no anchor covers are blended; a slot with anchors is corrected all the same, and
@@ -464,6 +666,11 @@ int main(void)
         cmocka_unit_test(test_last_token_is_computed),
         cmocka_unit_test(test_any_prompt_adds_up),
         cmocka_unit_test(test_blending_covers_what_anchors_do_not),
+        cmocka_unit_test(test_the_cheapest_under_the_budget_is_chosen),
+        cmocka_unit_test(test_more_budget_never_costs_more_and_none_is_exact),
+        cmocka_unit_test(test_a_tight_budget_blends_before_it_computes),
+        cmocka_unit_test(test_many_parts_stay_under_the_budget),
+        cmocka_unit_test(test_errors_are_learnt),
         cmocka_unit_test(test_actions_have_names),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

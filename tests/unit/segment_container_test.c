@@ -48,6 +48,7 @@ static void sample_fill(sample *s, kvl_random *random)
         .fingerprint = any_digest(random),
         .home = kvl_test_below(random, 2) ? any_digest(random) : (kvl_digest){{0}},
         .home_is_canonical = kvl_test_below(random, 2) == 1,
+        .is_unhealed = kvl_test_below(random, 4) == 0,
         .dtype = (kvl_kv_dtype)(1 + kvl_test_below(random, 4)),
         .n_layers = 1 + kvl_test_below(random, 6),
         .n_kv_heads = 1 + kvl_test_below(random, 3),
@@ -91,6 +92,7 @@ static void assert_info_equal(const kvl_container_info *a, const kvl_container_i
     assert_true(kvl_digest_equal(&a->fingerprint, &b->fingerprint));
     assert_true(kvl_digest_equal(&a->home, &b->home));
     assert_int_equal(a->home_is_canonical, b->home_is_canonical);
+    assert_int_equal(a->is_unhealed, b->is_unhealed);
     assert_int_equal(a->dtype, b->dtype);
     assert_int_equal(a->n_layers, b->n_layers);
     assert_int_equal(a->n_kv_heads, b->n_kv_heads);

@@ -278,11 +278,11 @@ static void *work(void *context)
     return NULL;
 }
 
-static void test_threads_see_whole_containers(void **state)
+static void check_threads(const int *kind, uint32_t n_containers_max)
 {
     enum { THREADS = 4 };
     const uint64_t one = sample_bytes(2000);
-    fixture f = fixture_make(*state, 20 * one);
+    fixture f = fixture_make(kind, n_containers_max * one);
     kvl_random random = kvl_test_random();
     worker workers[THREADS];
     pthread_t threads[THREADS];
@@ -297,11 +297,21 @@ static void test_threads_see_whole_containers(void **state)
     listed all = {.n_limit = UINT32_MAX};
     f.tier->ops->list(f.tier, note_listed, &all);
     const kvl_tier_stats stats = stats_of(f.tier);
-    assert_int_equal(stats.n_containers, all.n);
-    assert_int_equal(stats.bytes, all.bytes);
-    assert_int_equal(stats.bytes, all.n * one);
+    assert_int_equal(all.bytes, all.n * one);
+    assert_int_equal(stats.bytes, stats.n_containers * one);
+    /* Sizes of a stack are the slowest tier's; a faster one may have what that one evicted. */
+    if (*kind == STACK && stats.evictions > 0)
+        assert_true(stats.n_containers <= all.n);
+    else
+        assert_int_equal(stats.n_containers, all.n);
     assert_int_equal(stats.damaged, 0);
     fixture_end(&f);
+}
+
+static void test_threads_see_whole_containers(void **state)
+{
+    check_threads(*state, 20);
+    check_threads(*state, 100); /* room for all: nothing is evicted, and all counts are equal */
 }
 
 /* One operation after another, with memory that ends after n allocations; each n once. */

@@ -1,0 +1,99 @@
+/* host/host_metrics.c: what a host has healed, gated and audited, for other threads: the engine
+ * thread puts a copy where they may look. */
+#include "base/alloc.h"
+#include "host/host_parts.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+void host_show(kvl_host *host)
+{
+    const heal_queue *heals = &host->heals;
+    const quality_book *book = &host->quality;
+    (void)pthread_mutex_lock(&host->seen.lock);
+    host_seen *seen = &host->seen;
+    seen->n_waiting = heals->n;
+    seen->n_healed = heals->n_healed;
+    seen->n_dropped = heals->n_dropped;
+    seen->n_failed = heals->n_failed;
+    seen->n_tokens = heals->n_tokens;
+    seen->n_differed = heals->n_differed;
+    seen->n_gated = book->n_gated;
+    seen->n_healed_first = book->n_healed_first;
+    seen->n_audits = book->n_audits;
+    seen->n_audits_skipped = book->n_audits_skipped;
+    seen->n_rows = quality_rows(book, seen->rows);
+    (void)pthread_mutex_unlock(&host->seen.lock);
+}
+
+static void print_number(FILE *out, const char *name, const char *type, const char *help,
+                         uint64_t value)
+{
+    (void)fprintf(out, "# HELP kvloom_%s %s\n# TYPE kvloom_%s %s\nkvloom_%s %" PRIu64 "\n", name,
+                  help, name, type, name, value);
+}
+
+static void print_counts(FILE *out, const host_seen *seen)
+{
+    const struct {
+        const char *name, *type, *help;
+        uint64_t value;
+    } numbers[] = {
+        {"heals_waiting", "gauge", "Answers that wait to be checked.", seen->n_waiting},
+        {"healed_total", "counter", "Answers whose KV was made exact.", seen->n_healed},
+        {"heals_dropped_total", "counter", "Answers that nobody had time to heal.",
+         seen->n_dropped},
+        {"heals_failed_total", "counter", "Healings that ended by an error.", seen->n_failed},
+        {"healed_tokens_total", "counter", "Tokens of healed answers.", seen->n_tokens},
+        {"differed_tokens_total", "counter", "Of these, not what exact KV would have given.",
+         seen->n_differed},
+        {"gated_total", "counter", "Answers that the gate was asked about.", seen->n_gated},
+        {"healed_first_total", "counter", "Of these, verified before they were sent.",
+         seen->n_healed_first},
+        {"audits_total", "counter", "Reused requests computed in full.", seen->n_audits},
+        {"audits_skipped_total", "counter", "Audits that there was no time for.",
+         seen->n_audits_skipped},
+    };
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
+        print_number(out, numbers[i].name, numbers[i].type, numbers[i].help, numbers[i].value);
+}
+
+static void print_rows(FILE *out, const host_seen *seen, const char *name, const char *help,
+                       size_t offset)
+{
+    (void)fprintf(out, "# HELP kvloom_%s %s\n# TYPE kvloom_%s gauge\n", name, help, name);
+    for (uint32_t i = 0; i < seen->n_rows; i++) {
+        double value = 0.0;
+        memcpy(&value, (const char *)&seen->rows[i] + offset, sizeof value);
+        (void)fprintf(out, "kvloom_%s{key=\"%s\",action=\"%s\"} %.9g\n", name, seen->rows[i].name,
+                      kvl_action_name((kvl_action)seen->rows[i].action), value);
+    }
+}
+
+char *kvl_host_metrics_text(kvl_host *host)
+{
+    char *bytes = NULL;
+    size_t n_bytes = 0;
+    FILE *out = open_memstream(&bytes, &n_bytes);
+    if (out == NULL) return NULL;
+    (void)pthread_mutex_lock(&host->seen.lock);
+    const host_seen *seen = &host->seen;
+    print_counts(out, seen);
+    if (seen->n_rows > 0) {
+        print_rows(out, seen, "audit_kl", "Mean KL(full || reuse) of audited answers, nats.",
+                   offsetof(quality_row, kl));
+        print_rows(out, seen, "audit_top1_agreement", "Tokens that exact KV would have given too.",
+                   offsetof(quality_row, top1));
+        print_rows(out, seen, "audit_exact_match", "Answers that are full prefill's.",
+                   offsetof(quality_row, exact));
+        print_rows(out, seen, "gate_bar", "Score that an answer must have to pass; 2: none does.",
+                   offsetof(quality_row, bar));
+    }
+    (void)pthread_mutex_unlock(&host->seen.lock);
+    if (fclose(out) != 0) return NULL;
+    char *copy = kvl_strdup(bytes);
+    free(bytes); /* tidy: free, open_memstream allocated it */
+    return copy;
+}
