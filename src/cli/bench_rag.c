@@ -3,6 +3,7 @@
  * prompt in one run, and where the time goes. */
 #include "cli/bench_rag.h"
 #include "base/alloc.h"
+#include "base/file.h"
 #include "base/random.h"
 #include "cli/bench.h"
 #include "cli/bench_data.h"
@@ -10,9 +11,9 @@
 #include <string.h>
 
 enum {
-    ROUNDS_DEFAULT = 9,
+    ROUNDS_MAX = 99,
     ROUNDS_QUICK = 2,
-    LOAD_DEFAULT = 24,
+    LOAD_DEFAULT = 12,
     LOAD_QUICK = 3,
     LOAD_ANSWER = 16,
     CHUNKS = 6,
@@ -24,6 +25,8 @@ typedef struct bench {
     uint32_t n_rounds, n_load;
     const kvl_cli_engine *engine;
     bench_rag_corpus corpus;
+    char directory[64], store[96];
+    uint8_t key[KVL_RAG_KEY_BYTES];
     kvl_local_host *host;
     uint32_t n_prompts; /* so far: no two begin alike */
     json_t *figures, *rows;
@@ -52,7 +55,10 @@ static const way query15_apart = {"query15, loaded first", "query15", KVLOOM__V1
 
 static kvl_status open_host(bench *b, uint64_t memory_bytes, kvl_error *error)
 {
-    const kvl_local_host_options options = {.engine = b->engine, .memory_bytes_max = memory_bytes};
+    const kvl_local_host_options options = {.engine = b->engine,
+                                            .store_path = b->store,
+                                            .tenant_key = b->key,
+                                            .memory_bytes_max = memory_bytes};
     return kvl_local_host_open(&options, &b->host, error);
 }
 
@@ -120,6 +126,15 @@ static uint32_t count_placed(const Kvloom__V1__RunReply *reply)
     return n;
 }
 
+/* The timeline of loading beside computing: when each layer was loaded, and when the first pass had
+ * computed it. */
+static void add_layers(json_t *row, const char *name, const double *ms, size_t n)
+{
+    json_t *layers = json_array();
+    for (size_t l = 0; l < n; l++) (void)json_array_append_new(layers, json_real(ms[l]));
+    (void)json_object_set_new(row, name, layers);
+}
+
 static void add_row(bench *b, const char *where, const way *how, const Kvloom__V1__RunReply *reply)
 {
     json_t *row = json_pack("{s:s, s:s, s:i, s:i, s:i, s:f, s:f, s:f, s:f, s:f, s:f}", "from",
@@ -128,6 +143,10 @@ static void add_row(bench *b, const char *where, const way *how, const Kvloom__V
                             "ttft_ms", reply->ttft_ms, "fetch_ms", reply->fetch_ms, "place_ms",
                             reply->place_ms, "select_ms", reply->select_ms, "compute_ms",
                             reply->compute_ms, "wait_ms", reply->wait_ms);
+    if (how == &query15) {
+        add_layers(row, "layer_loaded_ms", reply->layer_loaded_ms, reply->n_layer_loaded_ms);
+        add_layers(row, "layer_computed_ms", reply->layer_computed_ms, reply->n_layer_computed_ms);
+    }
     (void)json_array_append_new(b->rows, row);
 }
 
@@ -157,7 +176,7 @@ static void set(bench *b, const char *figure, double value)
 static kvl_status measure_ttft(bench *b, const char *where, const way *const *ways,
                                const char *const *names, size_t n_ways, kvl_error *error)
 {
-    double ratios[4][ROUNDS_DEFAULT];
+    double ratios[4][ROUNDS_MAX];
     kvl_random random = {11};
     KVL_ASSERT(n_ways <= 4);
     for (uint32_t r = 0; r < b->n_rounds + 1; r++) {
@@ -179,7 +198,7 @@ static kvl_status measure_ttft(bench *b, const char *where, const way *const *wa
 /* A fused prefill beside its two halves alone, and the recompute of 15 % beside full prefill's. */
 static kvl_status measure_overlap(bench *b, kvl_error *error)
 {
-    double overlap[ROUNDS_DEFAULT], cost[ROUNDS_DEFAULT];
+    double overlap[ROUNDS_MAX], cost[ROUNDS_MAX];
     kvl_random random = {13};
     for (uint32_t r = 0; r < b->n_rounds + 1; r++) {
         uint32_t picked[LONG_CHUNKS];
@@ -247,30 +266,44 @@ static kvl_status measure_memory(bench *b, kvl_error *error)
     return measure_load(b, error);
 }
 
+/* Another host over the same store, whose memory keeps nothing: what is read comes from LMDB each
+ * time. Its pages may be in the system's page cache. */
 static kvl_status measure_lmdb(bench *b, kvl_error *error)
 {
     static const way *const ways[] = {&balanced, &fast};
     static const char *const names[] = {"ttft_ratio_lmdb", "ttft_ratio_fast_lmdb"};
-    KVL_TRY(ingest(b, error));
     return measure_ttft(b, "LMDB", ways, names, 2, error);
 }
 
-kvl_status kvl_bench_rag_run(const kvl_cli_engine *engine, bool quick, json_t *figures,
-                             json_t *rows, kvl_error *error)
+static kvl_status measure(bench *b, kvl_error *error)
 {
-    bench b = {.n_rounds = quick ? ROUNDS_QUICK : ROUNDS_DEFAULT,
+    kvl_status status = open_host(b, 0, error);
+    if (status == KVL_OK) status = measure_memory(b, error);
+    kvl_local_host_stop(b->host);
+    b->host = NULL;
+    KVL_TRY(status);
+    KVL_TRY(open_host(b, MEMORY_LEAST, error));
+    status = measure_lmdb(b, error);
+    kvl_local_host_stop(b->host);
+    return status;
+}
+
+kvl_status kvl_bench_rag_run(const kvl_cli_engine *engine, bool quick, uint32_t n_rounds,
+                             json_t *figures, json_t *rows, kvl_error *error)
+{
+    bench b = {.n_rounds = quick ? ROUNDS_QUICK : n_rounds,
                .n_load = quick ? LOAD_QUICK : LOAD_DEFAULT,
                .engine = engine,
                .figures = figures,
                .rows = rows};
+    KVL_ASSERT(b.n_rounds > 0 && b.n_rounds <= ROUNDS_MAX);
+    KVL_TRY(kvl_cli_temporary("bench", b.directory, sizeof b.directory, error));
+    (void)snprintf(b.store, sizeof b.store, "%s/store", b.directory);
+    kvl_random_secret(b.key, sizeof b.key);
     kvl_status status = bench_rag_corpus_make(quick ? LONG_CHUNKS : 4 * CHUNKS, &b.corpus, error);
-    if (status == KVL_OK) status = open_host(&b, 0, error);
-    if (status == KVL_OK) status = measure_memory(&b, error);
-    kvl_local_host_stop(b.host);
-    b.host = NULL;
-    if (status == KVL_OK) status = open_host(&b, MEMORY_LEAST, error);
-    if (status == KVL_OK) status = measure_lmdb(&b, error);
-    kvl_local_host_stop(b.host);
+    if (status == KVL_OK) status = measure(&b, error);
     bench_rag_corpus_deinit(&b.corpus);
+    kvl_error ignored;
+    (void)!kvl_directory_remove(b.directory, &ignored);
     return status;
 }

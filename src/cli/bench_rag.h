@@ -26,8 +26,10 @@ KVL_MUST_USE kvl_status bench_rag_corpus_make(uint32_t n, bench_rag_corpus *corp
                                               kvl_error *error);
 void bench_rag_corpus_deinit(bench_rag_corpus *corpus);
 
-/* Adds the figures and a row for each run. Errors: those of hosts and of the corpus. */
-KVL_MUST_USE kvl_status kvl_bench_rag_run(const kvl_cli_engine *engine, bool quick, json_t *figures,
-                                          json_t *rows, kvl_error *error);
+/* Adds the figures, medians of n_rounds (1 .. 99) prompts, and a row for each run.
+ * Errors   those of hosts and of the corpus */
+KVL_MUST_USE kvl_status kvl_bench_rag_run(const kvl_cli_engine *engine, bool quick,
+                                          uint32_t n_rounds, json_t *figures, json_t *rows,
+                                          kvl_error *error);
 
 #endif /* KVL_CLI_BENCH_RAG_H */

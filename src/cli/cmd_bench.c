@@ -200,8 +200,8 @@ static int bench_rag(arguments *wanted)
     json_t *measured = json_object();
     json_t *rows = json_array();
     if (wanted->engine.n_positions == 0) wanted->engine.n_positions = 4096;
-    const kvl_status status =
-        kvl_bench_rag_run(&wanted->engine, wanted->quick, measured, rows, &error);
+    const kvl_status status = kvl_bench_rag_run(&wanted->engine, wanted->quick, wanted->n_repeats,
+                                                measured, rows, &error);
     if (status == KVL_OK && wanted->json) {
         json_t *report = json_pack("{s:s, s:O, s:O, s:{s:s}, s:s}", "name", "rag", "figures",
                                    measured, "rows", rows, "machine", "device",

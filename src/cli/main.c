@@ -27,7 +27,7 @@ static const kvl_command commands[] = {
     {"status", "what a running host has healed and learnt", kvl_command_status},
     {"explain", "how each part of a prompt would be had", kvl_command_explain},
     {"eval", "what reuse keeps of full prefill's answers", kvl_command_eval},
-    {"bench", "measure: prefill, decode, attention, exchange, store", kvl_command_bench},
+    {"bench", "measure: prefill, decode, attention, rag, exchange, store", kvl_command_bench},
     {"version", "print the version", kvl_command_version},
 };
 enum { N_COMMANDS = sizeof commands / sizeof *commands };

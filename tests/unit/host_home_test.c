@@ -293,6 +293,64 @@ static void test_loading_beside_computing_changes_nothing(void **state)
     }
 }
 
+/* What was computed among others' KV is never published as the text's own (HijackKV): a blended
+ * run leaves one segment more, its answer's, whose home is that prompt; the chunk's is as it was.
+ */
+static void test_fused_kv_stays_private(void **state)
+{
+    fixture *f = *state;
+    asked what = {.home = "nothing", .mode = KVLOOM__V1__MODE__MODE_READ};
+    Kvloom__V1__HostReply *read = run_well(f, &what);
+    assert_int_equal(read->run->parts[0]->segment.len, KVL_DIGEST_BYTES);
+    assert_int_equal(n_stored(f), 1);
+    what.before = "A text before the chunk, which changes what its tokens mean.";
+    what.mode = KVLOOM__V1__MODE__MODE_FULL;
+    end(run_well(f, &what));
+    what.mode = KVLOOM__V1__MODE__MODE_REUSE;
+    what.select = "sink16";
+    double kl[2];
+    for (int i = 0; i < 2; i++) {
+        Kvloom__V1__HostReply *reply = run_well(f, &what);
+        assert_true(reply->run->recomputed == 16);
+        assert_memory_equal(reply->run->parts[2]->segment.data, read->run->parts[0]->segment.data,
+                            KVL_DIGEST_BYTES);
+        assert_memory_not_equal(reply->run->home.data, reply->run->slots_home.data,
+                                KVL_DIGEST_BYTES);
+        kl[i] = reply->run->evaluation->kl;
+        end(reply);
+        assert_int_equal(n_stored(f), 2);
+    }
+    assert_true(kl[0] > 0.0 && kl[0] == kl[1]);
+    end(read);
+}
+
+/* Chunks that are gone: their segments go, and are computed again when somebody asks. */
+static void test_what_is_forgotten_is_computed_again(void **state)
+{
+    fixture *f = *state;
+    asked what = {.home = "nothing", .mode = KVLOOM__V1__MODE__MODE_READ};
+    Kvloom__V1__HostReply *read = run_well(f, &what);
+    ProtobufCBinaryData ids[2] = {read->run->parts[0]->segment, read->run->slots_home};
+    Kvloom__V1__ForgetTask forget = KVLOOM__V1__FORGET_TASK__INIT;
+    forget.n_ids = 2;
+    forget.ids = ids;
+    Kvloom__V1__HostTask message = KVLOOM__V1__HOST_TASK__INIT;
+    message.what_case = KVLOOM__V1__HOST_TASK__WHAT_FORGET;
+    message.forget = &forget;
+    Kvloom__V1__HostReply *reply = NULL;
+    kvl_error error = {0};
+    assert_int_equal(call(f, &message, &reply, &error), KVL_OK);
+    assert_int_equal(reply->forgotten, 1); /* the other was never there */
+    end(reply);
+    assert_int_equal(n_stored(f), 0);
+    ids[1].len = 7;
+    assert_int_equal(call(f, &message, &reply, &error), KVL_ERR_INVALID);
+    Kvloom__V1__HostReply *again = run_well(f, &what);
+    assert_int_equal(again->run->read, 1);
+    end(again);
+    end(read);
+}
+
 static void test_a_primer_is_sent_once(void **state)
 {
     fixture *f = *state;
@@ -358,6 +416,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_a_slot_behind_its_own_home_is_exact, setup, teardown),
         cmocka_unit_test_setup_teardown(test_loading_beside_computing_changes_nothing, setup,
                                         teardown),
+        cmocka_unit_test_setup_teardown(test_fused_kv_stays_private, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_what_is_forgotten_is_computed_again, setup, teardown),
         cmocka_unit_test_setup_teardown(test_a_primer_is_sent_once, setup, teardown),
         cmocka_unit_test_setup_teardown(test_bad_homes_are_refused, setup, teardown),
     };
