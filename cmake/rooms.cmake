@@ -78,6 +78,8 @@ function(kvl_unit_tests)
   target_include_directories(kvl_test_support PUBLIC ${CMAKE_SOURCE_DIR}/tests/support
     PRIVATE ${CMAKE_SOURCE_DIR})
   target_link_libraries(kvl_test_support PRIVATE kvl_flags PkgConfig::CMOCKA kvl_proto_kvloom)
+  add_executable(kvloom-sim ${CMAKE_SOURCE_DIR}/tests/sim/kvloom_sim.c)
+  target_link_libraries(kvloom-sim PRIVATE kvl_test_support kvl_exchange)
   foreach(test ${tests})
     get_filename_component(name ${test} NAME_WE)
     string(REGEX MATCH "^[a-z]+" room ${name})

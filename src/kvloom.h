@@ -186,6 +186,9 @@ const kvloom_shape *kvloom_segment_shape(const kvloom_segment *segment);
 const uint32_t *kvloom_segment_tokens(const kvloom_segment *segment, size_t *n_tokens);
 const kvloom_digest *kvloom_segment_id(const kvloom_segment *segment);
 kvloom_place kvloom_segment_place(const kvloom_segment *segment);
+/* The whole segment as a .kvseg file has it (docs/segment-format.md), borrowed until it is
+ * released. NULL: layers are missing yet. */
+const void *kvloom_segment_bytes(const kvloom_segment *segment, size_t *n_bytes);
 /* Compares a layer with its checksum. The sidecar has done this when the segment came to it; this
  * is for those who want to know that nothing has happened to the memory since.
  * Errors   KVLOOM_ERR_DAMAGED */

@@ -3,6 +3,7 @@
 
 #include <sodium.h>
 #include <string.h>
+#define XXH_STATIC_LINKING_ONLY /* the size of a state */
 #include <xxhash.h>
 
 _Static_assert(sizeof(crypto_generichash_state) <= sizeof(kvl_digester),
@@ -11,6 +12,24 @@ _Static_assert(sizeof(crypto_generichash_state) <= sizeof(kvl_digester),
 uint64_t kvl_checksum(const void *bytes, size_t n_bytes)
 {
     return XXH3_64bits(bytes, n_bytes);
+}
+
+_Static_assert(sizeof(XXH3_state_t) <= sizeof(kvl_checksummer),
+               "kvl_checksummer must hold xxHash's state");
+
+void kvl_checksummer_init(kvl_checksummer *checksummer)
+{
+    (void)XXH3_64bits_reset((XXH3_state_t *)(void *)checksummer->opaque);
+}
+
+void kvl_checksummer_add(kvl_checksummer *checksummer, const void *bytes, size_t n_bytes)
+{
+    (void)XXH3_64bits_update((XXH3_state_t *)(void *)checksummer->opaque, bytes, n_bytes);
+}
+
+uint64_t kvl_checksummer_end(const kvl_checksummer *checksummer)
+{
+    return XXH3_64bits_digest((const XXH3_state_t *)(const void *)checksummer->opaque);
 }
 
 static crypto_generichash_state *state_of(kvl_digester *digester)

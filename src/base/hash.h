@@ -15,6 +15,15 @@ typedef struct kvl_digest {
 /* XXH3-64 of the bytes, seed 0. */
 uint64_t kvl_checksum(const void *bytes, size_t n_bytes);
 
+/* The same, fed in pieces. The caller's storage; needs no ending. */
+typedef struct kvl_checksummer {
+    _Alignas(64) uint8_t opaque[640]; /* XXH3_state_t of xxHash */
+} kvl_checksummer;
+
+void kvl_checksummer_init(kvl_checksummer *checksummer);
+void kvl_checksummer_add(kvl_checksummer *checksummer, const void *bytes, size_t n_bytes);
+uint64_t kvl_checksummer_end(const kvl_checksummer *checksummer);
+
 /* BLAKE2b-256 fed in pieces. `key` has n_key_bytes, 0 .. 64. */
 typedef struct kvl_digester {
     _Alignas(64) uint8_t opaque[384]; /* crypto_generichash_state of libsodium */

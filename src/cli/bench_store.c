@@ -37,14 +37,15 @@ static void add(bench *b, const char *name, double value)
 }
 
 static kvl_status open_tier(const bench *b, const char *name, uint64_t bytes_max, bool is_durable,
-                            kvl_tier **tier, kvl_error *error)
+                            const uint8_t *seal_key, kvl_tier **tier, kvl_error *error)
 {
     char path[128];
     (void)snprintf(path, sizeof path, "%s/%s", b->directory, name);
     const kvl_lmdb_tier_options options = {.path = path,
                                            .bytes_max = bytes_max,
                                            .fingerprint = kvl_bench_fingerprint(),
-                                           .durable = is_durable};
+                                           .durable = is_durable,
+                                           .seal_key = seal_key};
     return kvl_lmdb_tier_create(&options, tier, error);
 }
 
@@ -176,7 +177,7 @@ static kvl_status measure_index(bench *b, kvl_error *error)
 {
     kvl_tier *tier = NULL;
     const uint32_t n_all = b->options.n_repeats < 10 ? MILLION_QUICK : MILLION;
-    KVL_TRY(open_tier(b, "million", (uint64_t)8 << 30, false, &tier, error));
+    KVL_TRY(open_tier(b, "million", (uint64_t)8 << 30, false, NULL, &tier, error));
     const double before = heap_bytes();
     kvl_status status = KVL_OK;
     for (uint32_t i = 0; i < n_all && status == KVL_OK; i++) {
@@ -211,17 +212,73 @@ static kvl_status measure_index(bench *b, kvl_error *error)
     return status;
 }
 
+/* ---- encryption at rest ---- */
+
+/* The same gets and puts sealed and not, in turns: what the seal costs. */
+static kvl_status time_pair(const bench *b, kvl_tier *const tiers[2], double *puts[2],
+                            double *gets[2], kvl_error *error)
+{
+    for (uint32_t r = 0; r < b->options.n_repeats; r++) {
+        kvl_container *container = NULL;
+        KVL_TRY(kvl_bench_container(500 + r, SEGMENT_BYTES, LAYERS, &container, error));
+        kvl_status status = KVL_OK;
+        for (int i = 0; i < 2 && status == KVL_OK; i++) {
+            kvl_container *read = NULL;
+            const int k = (int)(r + (uint32_t)i) % 2;
+            const kvl_digest id = kvl_bench_id(500 + r);
+            int64_t start = now();
+            status = tiers[k]->ops->put(tiers[k], container, error);
+            puts[k][r] = kvl_bench_seconds_since(start);
+            start = now();
+            if (status == KVL_OK) status = tiers[k]->ops->get(tiers[k], &id, true, &read, error);
+            gets[k][r] = kvl_bench_seconds_since(start);
+            kvl_container_release(read);
+        }
+        kvl_container_release(container);
+        KVL_TRY(status);
+    }
+    return KVL_OK;
+}
+
+static kvl_status measure_seal(bench *b, kvl_error *error)
+{
+    static double times[4][REPEATS_MAX];
+    double *puts[2] = {times[0], times[1]};
+    double *gets[2] = {times[2], times[3]};
+    const uint8_t key[32] = {1};
+    kvl_tier *tiers[2] = {NULL, NULL};
+    kvl_status status = open_tier(b, "plain", (uint64_t)4 << 30, true, NULL, &tiers[0], error);
+    if (status == KVL_OK)
+        status = open_tier(b, "sealed", (uint64_t)4 << 30, true, key, &tiers[1], error);
+    if (status == KVL_OK) status = time_pair(b, tiers, puts, gets, error);
+    for (int i = 0; i < 2; i++) {
+        if (tiers[i] != NULL) tiers[i]->ops->destroy(tiers[i]);
+    }
+    KVL_TRY(status);
+    const uint32_t n = b->options.n_repeats;
+    const double get_s = kvl_bench_median(gets[1], n);
+    const double put_s = kvl_bench_median(puts[1], n);
+    add(b, "sealed_get_vs_plain", kvl_bench_median(gets[0], n) / get_s);
+    add(b, "sealed_put_vs_plain", kvl_bench_median(puts[0], n) / put_s);
+    kvl_bench_row(b->rows, "LMDB tier, encrypted, get", (double)SEGMENT_BYTES / get_s / 1e9,
+                  "GB/s");
+    kvl_bench_row(b->rows, "LMDB tier, encrypted, durable put", (double)SEGMENT_BYTES / put_s / 1e9,
+                  "GB/s");
+    return KVL_OK;
+}
+
 static kvl_status measure(bench *b, kvl_error *error)
 {
     kvl_tier *tier = NULL;
     kvl_container *container = NULL;
-    KVL_TRY(open_tier(b, "store", (uint64_t)4 << 30, true, &tier, error));
+    KVL_TRY(open_tier(b, "store", (uint64_t)4 << 30, true, NULL, &tier, error));
     kvl_status status = kvl_bench_container(1, SEGMENT_BYTES, LAYERS, &container, error);
     if (status == KVL_OK) status = tier->ops->put(tier, container, error);
     kvl_container_release(container);
     if (status == KVL_OK) status = measure_get(b, tier, error);
     if (status == KVL_OK) status = measure_put(b, tier, error);
     tier->ops->destroy(tier);
+    if (status == KVL_OK) status = measure_seal(b, error);
     kvl_container_spare_clear();
     return status == KVL_OK ? measure_index(b, error) : status;
 }

@@ -19,6 +19,7 @@ enum {
     OPTION_CHECK,
     OPTION_PRINT,
     OPTION_NOT_DURABLE,
+    OPTION_ENCRYPT,
     OPTION_WITH_PARENT,
     OPTION_PEER_KEY,
 };
@@ -44,6 +45,7 @@ static const struct argp_option options[] = {
     {"disk", TENANT(DISK), "SIZE", 0, "Most that is kept on disk (8GiB)", 0},
     {"not-durable", OPTION_NOT_DURABLE, NULL, 0, "Answer puts before the disk has them for sure",
      0},
+    {"encrypt", OPTION_ENCRYPT, NULL, 0, "Seal what is on disk under the tenant's key", 0},
     {"lease", VALUE(LEASE), "TIME", 0, "Longest lease of a client (60s)", 0},
     {"workers", VALUE(WORKERS), "N", 0, "Threads for the disk (2)", 0},
     {"listen", VALUE(LISTEN), "ENDPOINT", 0, "Where peers dial: ipc:///path or tcp://host:port", 0},
@@ -124,6 +126,9 @@ static error_t parse(int key, char *text, struct argp_state *state)
     case OPTION_PRINT: wanted->prints = true; return 0;
     case OPTION_NOT_DURABLE:
         set(state, &wanted->config.tenants[0][KVL_TENANT_DURABLE], "false");
+        return 0;
+    case OPTION_ENCRYPT:
+        set(state, &wanted->config.tenants[0][KVL_TENANT_ENCRYPT], "true");
         return 0;
     case 'p': add_peer(wanted, text, state); return 0;
     case OPTION_PEER_KEY: set_peer_key(wanted, text, state); return 0;

@@ -36,6 +36,7 @@ static const char *const tenant_names[] = {
     [KVL_TENANT_STORE] = "store",
     [KVL_TENANT_DISK] = "disk",
     [KVL_TENANT_DURABLE] = "durable",
+    [KVL_TENANT_ENCRYPT] = "encrypt",
 };
 static const char *const peer_names[] = {
     [KVL_PEER_NAME] = "name",
@@ -289,6 +290,15 @@ static kvl_status read_key(const char *path, uint8_t *key, kvl_error *error)
                     n_bytes, KVL_TENANT_KEY_LENGTH);
 }
 
+/* NULL leaves it as it is. */
+static kvl_status take_bool(const char *name, const char *text, bool *value, kvl_error *error)
+{
+    if (text == NULL) return KVL_OK;
+    *value = strcmp(text, "true") == 0;
+    if (*value || strcmp(text, "false") == 0) return KVL_OK;
+    return fail_value(error, name, text, "true or false");
+}
+
 static kvl_status resolve_tenant(kvl_config *config, size_t i, kvl_error *error)
 {
     char **from = config->tenants[i];
@@ -309,10 +319,8 @@ static kvl_status resolve_tenant(kvl_config *config, size_t i, kvl_error *error)
         KVL_TRY(take_bytes("memory", from[KVL_TENANT_MEMORY], &to->memory_bytes_max, error));
     if (from[KVL_TENANT_DISK] != NULL)
         KVL_TRY(take_bytes("disk", from[KVL_TENANT_DISK], &to->disk_bytes_max, error));
-    const char *durable = from[KVL_TENANT_DURABLE];
-    to->is_durable = durable == NULL || strcmp(durable, "true") == 0;
-    if (durable != NULL && !to->is_durable && strcmp(durable, "false") != 0)
-        return fail_value(error, "durable", durable, "true or false");
+    KVL_TRY(take_bool("durable", from[KVL_TENANT_DURABLE], &to->is_durable, error));
+    KVL_TRY(take_bool("encrypt", from[KVL_TENANT_ENCRYPT], &to->seals_disk, error));
     uint32_t mode = 0;
     if (from[KVL_TENANT_SOCKET_MODE] != NULL)
         KVL_TRY(take_number("socket-mode", from[KVL_TENANT_SOCKET_MODE], 8, 0, 0777, &mode, error));

@@ -33,6 +33,7 @@ typedef enum kvl_config_tenant_key {
     KVL_TENANT_STORE,
     KVL_TENANT_DISK,
     KVL_TENANT_DURABLE,
+    KVL_TENANT_ENCRYPT,
     KVL_TENANT_KEYS,
 } kvl_config_tenant_key;
 

@@ -9,13 +9,14 @@
 #include <argp.h>
 #include <string.h>
 
-enum { OPTION_SOCKET = 256, OPTION_FINGERPRINT, OPTION_SALT, OPTION_LEASE, OPTION_JSON };
-
-typedef struct parsing {
-    kvloom_options options;
-    kvl_cli_connection *connection;
-    bool has_model;
-} parsing;
+enum {
+    OPTION_SOCKET = 256,
+    OPTION_FINGERPRINT,
+    OPTION_SALT,
+    OPTION_LEASE,
+    OPTION_HOME,
+    OPTION_JSON
+};
 
 static const struct argp_option options[] = {
     {"socket", OPTION_SOCKET, "PATH", 0, "Of the sidecar ($KVLOOM_SOCKET)", 0},
@@ -23,40 +24,41 @@ static const struct argp_option options[] = {
     {"fingerprint", OPTION_FINGERPRINT, "HEX", 0, "The same as its 64 hexadecimal digits", 0},
     {"salt", OPTION_SALT, "TEXT", 0, "Of those who share among themselves only", 0},
     {"lease", OPTION_LEASE, "TIME", 0, "How long `kvloom pin` keeps it (60s)", 0},
+    {"output", 'o', "FILE", 0, "Where `kvloom get` writes (ID.kvseg)", 0},
+    {"home", OPTION_HOME, "FILE", 0, "Token ids before those that `kvloom put` puts", 0},
     {"json", OPTION_JSON, NULL, 0, "Print JSON", 0},
     {0},
 };
 
-static void set_lease(parsing *p, const struct argp_state *state, const char *text)
+static void set_lease(kvl_cli_connection *c, const struct argp_state *state, const char *text)
 {
     int64_t duration_ns = 0;
     kvl_error error;
     if (kvl_duration_from_text(text, &duration_ns, &error) < 0) argp_error(state, "%s", error.text);
-    p->connection->lease_ms = (uint32_t)(duration_ns / KVL_NS_PER_MS);
+    c->lease_ms = (uint32_t)(duration_ns / KVL_NS_PER_MS);
 }
 
 static error_t parse(int key, char *text, struct argp_state *state)
 {
-    parsing *p = state->input;
+    kvl_cli_connection *c = state->input;
     switch (key) {
-    case OPTION_SOCKET: p->options.socket = text; return 0;
+    case OPTION_SOCKET: c->options.socket = text; return 0;
     case 'm':
-        p->options.fingerprint = kvloom_fingerprint(text, strlen(text));
-        p->has_model = true;
+        c->options.fingerprint = kvloom_fingerprint(text, strlen(text));
+        c->has_model = true;
         return 0;
     case OPTION_FINGERPRINT:
-        if (!kvl_cli_parse_id(text, &p->options.fingerprint)) argp_usage(state);
-        p->has_model = true;
+        if (!kvl_cli_parse_id(text, &c->options.fingerprint)) argp_usage(state);
+        c->has_model = true;
         return 0;
-    case OPTION_SALT: p->options.salt = text; return 0;
-    case OPTION_LEASE: set_lease(p, state, text); return 0;
-    case OPTION_JSON: p->connection->json = true; return 0;
+    case OPTION_SALT: c->options.salt = text; return 0;
+    case OPTION_LEASE: set_lease(c, state, text); return 0;
+    case OPTION_HOME: c->home = text; return 0;
+    case 'o': c->output = text; return 0;
+    case OPTION_JSON: c->json = true; return 0;
     case ARGP_KEY_ARGS:
-        p->connection->arguments = state->argv + state->next;
-        p->connection->n_arguments = state->argc - state->next;
-        return 0;
-    case ARGP_KEY_END:
-        if (!p->has_model) argp_error(state, "--model or --fingerprint is needed");
+        c->arguments = state->argv + state->next;
+        c->n_arguments = state->argc - state->next;
         return 0;
     default: return ARGP_ERR_UNKNOWN;
     }
@@ -80,15 +82,29 @@ int kvl_cli_fail_client(const kvloom_error *error)
     return KVL_EXIT_FAILED;
 }
 
-int kvl_cli_connect(int argc, char **argv, const char *about, const char *arguments,
-                    kvl_cli_connection *connection)
+int kvl_cli_parse(int argc, char **argv, const char *about, const char *arguments,
+                  kvl_cli_connection *connection)
 {
     const struct argp argp = {options, parse, arguments, about, NULL, NULL, NULL};
     *connection = (kvl_cli_connection){.client = NULL};
-    parsing p = {.connection = connection};
+    return argp_parse(&argp, argc, argv, 0, NULL, connection) == 0 ? 0 : KVL_EXIT_USAGE;
+}
+
+int kvl_cli_dial(kvl_cli_connection *connection)
+{
     kvloom_error error;
-    if (argp_parse(&argp, argc, argv, 0, NULL, &p) != 0) return KVL_EXIT_USAGE;
-    if (kvloom_connect(&p.options, &connection->client, &error) < 0)
+    if (!connection->has_model) {
+        (void)fprintf(stderr, "kvloom: --model or --fingerprint is needed\n");
+        return KVL_EXIT_USAGE;
+    }
+    if (kvloom_connect(&connection->options, &connection->client, &error) < 0)
         return kvl_cli_fail_client(&error);
     return KVL_EXIT_OK;
+}
+
+int kvl_cli_connect(int argc, char **argv, const char *about, const char *arguments,
+                    kvl_cli_connection *connection)
+{
+    const int failed = kvl_cli_parse(argc, argv, about, arguments, connection);
+    return failed != 0 ? failed : kvl_cli_dial(connection);
 }

@@ -8,6 +8,10 @@
 
 typedef struct kvl_cli_connection {
     kvloom_client *client;
+    kvloom_options options;
+    bool has_model;
+    const char *home;   /* of `kvloom put`; NULL: not given */
+    const char *output; /* of `kvloom get`; NULL: not given */
     bool json;
     uint32_t lease_ms;
     int n_arguments; /* behind the options */
@@ -19,6 +23,12 @@ typedef struct kvl_cli_connection {
  * Owns     connection->client: ended with kvloom_close */
 int kvl_cli_connect(int argc, char **argv, const char *about, const char *arguments,
                     kvl_cli_connection *connection);
+
+/* The two halves of it: the command line, and the sidecar. Between them a command may change
+ * connection->options. */
+int kvl_cli_parse(int argc, char **argv, const char *about, const char *arguments,
+                  kvl_cli_connection *connection);
+int kvl_cli_dial(kvl_cli_connection *connection);
 
 /* Prints "kvloom: text" and returns KVL_EXIT_FAILED. */
 int kvl_cli_fail_client(const kvloom_error *error);

@@ -195,6 +195,12 @@ kvloom_place kvloom_segment_place(const kvloom_segment *segment)
     return segment->place;
 }
 
+const void *kvloom_segment_bytes(const kvloom_segment *segment, size_t *n_bytes)
+{
+    if (atomic_load(&segment->n_ready) < kvl_container_n_blocks(segment->container)) return NULL;
+    return kvl_container_bytes(segment->container, n_bytes);
+}
+
 kvloom_status kvloom_segment_check(const kvloom_segment *segment, uint32_t layer,
                                    kvloom_error *error)
 {

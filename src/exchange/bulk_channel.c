@@ -500,6 +500,7 @@ kvl_status kvl_bulk_channel_open(const kvl_bulk_channel_options *options,
     c->has_aes = kvl_seal_has_aes();
     c->wake_fd = options->wake_fd;
     (void)pthread_mutex_init(&c->lock, NULL);
+    kvl_landings_init(&c->landings);
     const kvl_status status = open_all(c, options, error);
     if (status < 0) {
         kvl_bulk_channel_close(c);
@@ -527,6 +528,7 @@ void kvl_bulk_channel_close(kvl_bulk_channel *c)
     if (c->unix_path[0] != '\0') (void)unlink(c->unix_path);
     if (c->sender_wake_fd >= 0) (void)close(c->sender_wake_fd);
     if (c->receiver_wake_fd >= 0) (void)close(c->receiver_wake_fd);
+    kvl_landings_deinit(&c->landings);
     (void)pthread_mutex_destroy(&c->lock);
     kvl_free(c);
 }

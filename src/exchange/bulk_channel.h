@@ -11,8 +11,10 @@
  *          KVL_BULK_GREETING_MS the connection is closed; KVL_BULK_STRANGERS_MAX may try at a time,
  *          each costing a descriptor and a few bytes. A record that does not open ends the channel,
  *          the link goes on without it.
- * Memory   Buffers are faulted in once and reused: KVL_BULK_BUFFERS to receive into, one record to
- *          seal into. What waits to be sent lies where it lay, by reference.
+ * Memory   Blocks go straight into the container that they belong to (exchange/landing.h). What has
+ *          no such place goes into buffers, which are faulted in once and reused: KVL_BULK_BUFFERS
+ *          to receive into, one record to seal into. What waits to be sent lies where it lay, by
+ *          reference.
  * Threads  Two of its own, one to send and one to receive. The functions are for the exchange's
  *          thread. */
 #ifndef KVL_EXCHANGE_BULK_CHANNEL_H
@@ -62,9 +64,18 @@ KVL_MUST_USE kvl_status kvl_bulk_channel_send(kvl_bulk_channel *channel, kvl_lin
                                               const kvl_frame *frames, size_t n_frames,
                                               kvl_owner owner);
 
-/* All of it is borrowed for the call. */
+/* Blocks of a stream that we asked for go straight into its container: exchange/landing.h. */
+void kvl_bulk_channel_land(kvl_bulk_channel *channel, kvl_link link, uint64_t request,
+                           kvl_container *container, uint32_t block);
+bool kvl_bulk_channel_claim(kvl_bulk_channel *channel, kvl_link link, uint64_t request,
+                            uint32_t block);
+void kvl_bulk_channel_leave(kvl_bulk_channel *channel, kvl_link link, uint64_t request);
+
+/* All of it is borrowed for the call. `checksum` is of a block that has landed and that this
+ * message ends, or NULL. */
 typedef void kvl_bulk_take(void *context, kvl_link link, const void *control,
-                           size_t n_control_bytes, const kvl_frame *frames, size_t n_frames);
+                           size_t n_control_bytes, const kvl_frame *frames, size_t n_frames,
+                           const uint64_t *checksum);
 /* Calls `take` for some messages that have arrived, in the order of each link. True: there may be
  * more, call again soon. */
 bool kvl_bulk_channel_drain(kvl_bulk_channel *channel, kvl_bulk_take *take, void *context);

@@ -20,16 +20,21 @@
 /* Taken before commands, pings and the others get their turn. */
 enum { MESSAGES_PER_TURN = 16 };
 
+/* A quarter of the smallest second-level cache in use: read, then hashed there. */
+static const size_t BULK_STEP_BYTES = (size_t)128 << 10;
+
 /* ---- buffers ---- */
 
 static bulk_buffer *make_buffer(void)
 {
-    bulk_buffer *b = kvl_alloc_zero(1, sizeof *b);
-    if (b == NULL) return NULL;
-    b->payload = kvl_alloc_aligned(KVL_BULK_MESSAGE_BYTES_MAX);
-    if (b->payload != NULL) return b;
-    kvl_free(b);
-    return NULL;
+    return kvl_alloc_zero(1, sizeof(bulk_buffer));
+}
+
+/* Most messages land in a container and need no payload of the buffer's. */
+static bool has_payload(bulk_buffer *b)
+{
+    if (b->payload == NULL) b->payload = kvl_alloc_aligned(KVL_BULK_MESSAGE_BYTES_MAX);
+    return b->payload != NULL;
 }
 
 /* NULL where all are in use. The one used last comes first: its memory is in the cache. */
@@ -53,6 +58,8 @@ static bulk_buffer *take_buffer(kvl_bulk_channel *c)
 static void give_buffer(kvl_bulk_channel *c, bulk_buffer *b)
 {
     if (b == NULL) return;
+    kvl_container_release(b->piece.container);
+    b->piece = (kvl_piece){.serial = 0};
     (void)pthread_mutex_lock(&c->lock);
     const bool was_short = c->spare == NULL;
     b->next = c->spare;
@@ -135,8 +142,27 @@ static step next_record(inlet *in, const uint8_t **record, size_t *n_bytes)
     }
 }
 
+/* Where the message of a head goes: to the block that it brings, or into the buffer. What cannot be
+ * decoded is the exchange's thread's to refuse. */
+static step find_place(kvl_bulk_channel *c, inlet *in)
+{
+    bulk_buffer *b = in->buffer;
+    kvl_message message;
+    kvl_error error;
+    const kvl_frame frame = {NULL, b->n_payload};
+    b->is_dropped = false;
+    if (b->n_payload > 0 && b->n_payload <= KVL_FRAME_BYTES_MAX &&
+        kvl_wire_decode(&c->decoder, b->control, b->n_control, &frame, 1, &message, &error) == 0 &&
+        kvl_landings_take(&c->landings, in->link, &message, b->n_payload, &b->piece)) {
+        return STEP_DONE;
+    }
+    if (b->n_payload == 0 || has_payload(b)) return STEP_DONE;
+    b->n_control = 0;
+    return STEP_BROKEN; /* without memory the link goes on without a channel */
+}
+
 /* The record that a message begins with. */
-static step take_head(inlet *in)
+static step take_head(kvl_bulk_channel *c, inlet *in)
 {
     uint8_t opened[8 + BULK_CONTROL_BYTES_MAX];
     const uint8_t *record = NULL;
@@ -158,10 +184,28 @@ static step take_head(inlet *in)
     }
     memcpy(b->control, head + 8, b->n_control);
     in->payload_at = 0;
-    return STEP_DONE;
+    return find_place(c, in);
 }
 
-static step take_sealed_payload(inlet *in)
+/* Where the next bytes of the message may be written; a landing's lock is held until
+ * `leave_place`. */
+static uint8_t *enter_place(kvl_bulk_channel *c, bulk_buffer *b)
+{
+    if (b->piece.serial == 0) return b->payload;
+    if (!b->is_dropped && kvl_landings_enter(&c->landings, &b->piece)) return b->piece.bytes;
+    /* Its fetch has ended; the stream of bytes goes on, so the rest is read and forgotten. */
+    b->is_dropped = true;
+    return has_payload(b) ? b->payload : NULL;
+}
+
+static void leave_place(kvl_bulk_channel *c, const inlet *in, size_t n_new)
+{
+    const bulk_buffer *b = in->buffer;
+    if (b->piece.serial == 0 || b->is_dropped) return;
+    kvl_landings_leave(&c->landings, &b->piece, b->piece.bytes + in->payload_at, n_new);
+}
+
+static step take_sealed_payload(kvl_bulk_channel *c, inlet *in)
 {
     bulk_buffer *b = in->buffer;
     while (in->payload_at < b->n_payload) {
@@ -169,33 +213,62 @@ static step take_sealed_payload(inlet *in)
         size_t n = 0;
         const step got = next_record(in, &record, &n);
         if (got != STEP_DONE) return got;
-        if (n - KVL_SEAL_TAG_BYTES > b->n_payload - in->payload_at ||
-            !kvl_seal_open(&in->seal, record, n, b->payload + in->payload_at)) {
-            return STEP_BROKEN;
-        }
-        in->payload_at += n - KVL_SEAL_TAG_BYTES;
+        n -= KVL_SEAL_TAG_BYTES;
+        if (n > b->n_payload - in->payload_at) return STEP_BROKEN;
+        uint8_t *to = enter_place(c, b);
+        if (to == NULL) return STEP_BROKEN;
+        /* What does not open has been written all the same, into a block that nobody accepts. */
+        const bool is_open =
+            kvl_seal_open(&in->seal, record, n + KVL_SEAL_TAG_BYTES, to + in->payload_at);
+        leave_place(c, in, is_open ? n : 0);
+        if (!is_open) return STEP_BROKEN;
+        in->payload_at += n;
     }
     return STEP_DONE;
 }
 
-/* What came along with the head is copied, the rest is read to where it belongs. */
-static step take_plain_payload(inlet *in)
+/* What came along with the head is copied, the rest is read to where it belongs, in steps that are
+ * hashed while they are in the cache. */
+static step take_plain_payload(kvl_bulk_channel *c, inlet *in)
 {
     bulk_buffer *b = in->buffer;
-    const size_t n_wanted = b->n_payload - in->payload_at;
-    const size_t n_here = in->in_past - in->in_first;
-    const size_t n_copied = n_here < n_wanted ? n_here : n_wanted;
-    if (n_copied > 0) memcpy(b->payload + in->payload_at, in->in + in->in_first, n_copied);
-    in->in_first += n_copied;
-    in->payload_at += n_copied;
     while (in->payload_at < b->n_payload) {
-        size_t n_got = 0;
-        const step got =
-            receive(in->fd, b->payload + in->payload_at, b->n_payload - in->payload_at, &n_got);
+        const size_t n_here = in->in_past - in->in_first;
+        size_t n = b->n_payload - in->payload_at;
+        if (n > BULK_STEP_BYTES) n = BULK_STEP_BYTES;
+        uint8_t *to = enter_place(c, b);
+        if (to == NULL) return STEP_BROKEN;
+        to += in->payload_at;
+        step got = STEP_DONE;
+        if (n_here > 0) {
+            if (n > n_here) n = n_here;
+            memcpy(to, in->in + in->in_first, n);
+            in->in_first += n;
+        } else {
+            size_t n_got = 0;
+            got = receive(in->fd, to, n, &n_got);
+            n = n_got;
+        }
+        leave_place(c, in, n);
+        in->payload_at += n;
         if (got != STEP_DONE) return got;
-        in->payload_at += n_got;
     }
     return STEP_DONE;
+}
+
+/* A message is whole. One whose landing has gone is of a stream that has ended: nobody would read
+ * it, and its buffer is free for the next. */
+static void end_message(kvl_bulk_channel *c, inlet *in)
+{
+    bulk_buffer *b = in->buffer;
+    if (b->piece.serial != 0 && !b->is_dropped)
+        b->is_dropped = !kvl_landings_finish(&c->landings, &b->piece, b->n_payload);
+    if (!b->is_dropped) {
+        deliver(c, in);
+        return;
+    }
+    in->buffer = NULL;
+    give_buffer(c, b);
 }
 
 /* Whole messages, until the socket is empty or no buffer is free. */
@@ -208,11 +281,11 @@ static step read_messages(kvl_bulk_channel *c, inlet *in)
             if (in->is_starved) return STEP_WAIT;
             in->buffer->n_control = 0;
         }
-        step got = in->buffer->n_control == 0 ? take_head(in) : STEP_DONE;
+        step got = in->buffer->n_control == 0 ? take_head(c, in) : STEP_DONE;
         if (got == STEP_DONE)
-            got = in->is_sealed ? take_sealed_payload(in) : take_plain_payload(in);
+            got = in->is_sealed ? take_sealed_payload(c, in) : take_plain_payload(c, in);
         if (got != STEP_DONE) return got;
-        deliver(c, in);
+        end_message(c, in);
     }
 }
 
@@ -337,6 +410,7 @@ void bulk_inlets_end(kvl_bulk_channel *c)
         bulk_buffer *b = list == 0 ? c->arrived_first : c->spare;
         while (b != NULL) {
             bulk_buffer *next = b->next;
+            kvl_container_release(b->piece.container);
             kvl_free(b->payload);
             kvl_free(b);
             b = next;
@@ -401,6 +475,7 @@ void bulk_inlet_agree(kvl_bulk_channel *c, kvl_link link, const kvl_bulk_offer *
 void bulk_inlet_reset(kvl_bulk_channel *c, kvl_link link)
 {
     inlet *in = c->inlet_of_link[link];
+    kvl_landings_end_link(&c->landings, link);
     if (in == NULL) return;
     c->inlet_of_link[link] = NULL;
     (void)pthread_mutex_lock(&c->lock);
@@ -428,11 +503,32 @@ bool kvl_bulk_channel_drain(kvl_bulk_channel *c, kvl_bulk_take *take, void *cont
         if (b == NULL) return false;
         const inlet *in = c->inlet_of_link[b->link];
         if (in != NULL && in->serial == b->serial) {
+            const bool has_landed = b->piece.serial != 0;
             kvl_frame frames[KVL_FRAMES_MAX];
-            const size_t n_frames = kvl_frames_cut(b->payload, b->n_payload, frames);
-            take(context, b->link, b->control, b->n_control, frames, n_frames);
+            const size_t n_frames =
+                kvl_frames_cut(has_landed ? b->piece.bytes : b->payload, b->n_payload, frames);
+            take(context, b->link, b->control, b->n_control, frames, n_frames,
+                 has_landed && b->piece.ends_block ? &b->piece.checksum : NULL);
         }
         give_buffer(c, b);
     }
     return true;
+}
+
+void kvl_bulk_channel_land(kvl_bulk_channel *c, kvl_link link, uint64_t request,
+                           kvl_container *container, uint32_t block)
+{
+    const inlet *in = c->inlet_of_link[link];
+    if (in != NULL && !kvl_container_is_sealed(container))
+        kvl_landings_begin(&c->landings, link, request, container, block);
+}
+
+bool kvl_bulk_channel_claim(kvl_bulk_channel *c, kvl_link link, uint64_t request, uint32_t block)
+{
+    return kvl_landings_claim(&c->landings, link, request, block);
+}
+
+void kvl_bulk_channel_leave(kvl_bulk_channel *c, kvl_link link, uint64_t request)
+{
+    kvl_landings_end(&c->landings, link, request);
 }

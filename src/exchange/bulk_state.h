@@ -4,6 +4,8 @@
 #define KVL_EXCHANGE_BULK_STATE_H
 
 #include "exchange/bulk_channel.h"
+#include "exchange/landing.h"
+#include "exchange/wire.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -61,7 +63,9 @@ typedef struct bulk_buffer {
     uint64_t serial; /* of the inlet */
     uint8_t control[BULK_CONTROL_BYTES_MAX];
     size_t n_control, n_payload;
-    uint8_t *payload; /* [KVL_BULK_MESSAGE_BYTES_MAX] */
+    uint8_t *payload; /* [KVL_BULK_MESSAGE_BYTES_MAX], once a message needed it; or NULL */
+    kvl_piece piece;  /* serial 0: the message is in `payload` */
+    bool is_dropped;  /* its landing has ended while it arrived: nobody waits for it */
 } bulk_buffer;
 
 typedef struct inlet {
@@ -103,6 +107,8 @@ struct kvl_bulk_channel {
     inlet *inlets;
     bulk_buffer *arrived_first, *arrived_last, *spare;
     uint32_t n_buffers;
+    kvl_landings landings;
+    kvl_wire_decoder decoder; /* of the receiving thread */
 };
 
 /* ---- bulk_socket.c ---- */

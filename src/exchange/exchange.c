@@ -203,6 +203,25 @@ static void bulk_reset(void *context, kvl_link link)
     if (exchange->bulk != NULL) kvl_bulk_channel_reset(exchange->bulk, link);
 }
 
+static void land(void *context, kvl_link link, uint64_t request, kvl_container *container,
+                 uint32_t block)
+{
+    kvl_exchange *exchange = context;
+    kvl_bulk_channel_land(exchange->bulk, link, request, container, block);
+}
+
+static bool claim(void *context, kvl_link link, uint64_t request, uint32_t block)
+{
+    kvl_exchange *exchange = context;
+    return kvl_bulk_channel_claim(exchange->bulk, link, request, block);
+}
+
+static void leave(void *context, kvl_link link, uint64_t request)
+{
+    kvl_exchange *exchange = context;
+    kvl_bulk_channel_leave(exchange->bulk, link, request);
+}
+
 static void run_task(void *context, uint64_t task, const void *body, size_t n_bytes)
 {
     kvl_exchange *exchange = context;
@@ -251,8 +270,8 @@ static void link_admitted(void *context, kvl_link link, const kvl_access *access
                             access == NULL ? KVL_RIGHT_ALL : access->rights, store);
 }
 
-static void link_message(void *context, kvl_link link, const void *control, size_t n_control_bytes,
-                         const kvl_frame *frames, size_t n_frames)
+static void bulk_message(void *context, kvl_link link, const void *control, size_t n_control_bytes,
+                         const kvl_frame *frames, size_t n_frames, const uint64_t *checksum)
 {
     kvl_exchange *exchange = context;
     kvl_message message;
@@ -261,10 +280,20 @@ static void link_message(void *context, kvl_link link, const void *control, size
                         &error) < 0) {
         kvl_protocol_refuse(exchange->protocol, link, message.request, &error);
     } else {
+        if (message.kind == KVL_MESSAGE_BLOCK) {
+            message.block.has_checksum = checksum != NULL;
+            if (checksum != NULL) message.block.checksum = *checksum;
+        }
         kvl_protocol_receive(exchange->protocol, link, &message, frames, n_frames,
                              now_of(exchange));
     }
     forget_if_closed(exchange, link);
+}
+
+static void link_message(void *context, kvl_link link, const void *control, size_t n_control_bytes,
+                         const kvl_frame *frames, size_t n_frames)
+{
+    bulk_message(context, link, control, n_control_bytes, frames, n_frames, NULL);
 }
 
 static void link_overlong(void *context, kvl_link link)
@@ -343,7 +372,7 @@ static void *run_thread(void *argument)
     while (!run_commands(exchange)) {
         const int wait_ms = kvl_protocol_is_active(protocol) ? POLL_BUSY_MS : POLL_IDLE_MS;
         kvl_transport_poll(exchange->transport, more_work ? 0 : wait_ms, &events);
-        const bool more_bulk = kvl_bulk_channel_drain(exchange->bulk, link_message, exchange);
+        const bool more_bulk = kvl_bulk_channel_drain(exchange->bulk, bulk_message, exchange);
         if (atomic_exchange(&exchange->must_recheck, false))
             kvl_transport_recheck(exchange->transport, &events);
         const int64_t now_ns = now_of(exchange);
@@ -419,6 +448,9 @@ static kvl_status make_protocol(kvl_exchange *exchange, const kvl_exchange_optio
                    .bulk_offer = bulk_offer,
                    .bulk_agree = bulk_agree,
                    .bulk_reset = bulk_reset,
+                   .land = land,
+                   .claim = claim,
+                   .leave = leave,
                    .event = log_event,
                    .context = exchange},
     };

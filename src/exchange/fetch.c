@@ -22,6 +22,7 @@ void kvl_fetch_leave(kvl_protocol *p, kvl_op *op)
 {
     if (op->state != KVL_FETCH_STREAMING) return;
     op->state = KVL_FETCH_SEARCHING;
+    if (p->output.leave != NULL) p->output.leave(p->output.context, op->peer, op->stream_request);
     kvl_peer *peer = &p->peers[op->peer];
     KVL_ASSERT(peer->n_streams > 0);
     peer->n_streams--;
@@ -309,7 +310,10 @@ void kvl_fetch_header(kvl_protocol *p, uint32_t peer, const kvl_message *message
             return;
         }
     }
-    op->header_seen = true;
+    op->header_seen = op->trusts_landing = true;
+    if (p->output.land != NULL) {
+        p->output.land(p->output.context, op->peer, op->stream_request, op->container, op->block);
+    }
     note_progress(op, now_ns);
 }
 
@@ -364,6 +368,24 @@ static int place_of(const kvl_op *op, const kvl_message *message)
     return 0;
 }
 
+/* A piece that has landed is where it belongs. */
+static void put_piece(kvl_protocol *p, kvl_op *op, uint8_t *to, const kvl_frame *frame)
+{
+    if (frame->bytes == to) return;
+    if (p->output.claim != NULL &&
+        !p->output.claim(p->output.context, op->peer, op->stream_request, op->block)) {
+        op->trusts_landing = false;
+    }
+    memcpy(to, frame->bytes, frame->n_bytes);
+}
+
+static kvl_status check_block(const kvl_op *op, const kvl_message *message)
+{
+    if (message->block.has_checksum && op->trusts_landing)
+        return kvl_container_block_accept(op->container, op->block, message->block.checksum, NULL);
+    return kvl_container_block_check(op->container, op->block, NULL);
+}
+
 void kvl_fetch_block(kvl_protocol *p, uint32_t peer, const kvl_message *message,
                      const kvl_frame *frame, int64_t now_ns)
 {
@@ -384,7 +406,7 @@ void kvl_fetch_block(kvl_protocol *p, uint32_t peer, const kvl_message *message,
     }
     const uint64_t charge =
         frame->n_bytes > KVL_PIECE_CHARGE_MIN ? frame->n_bytes : KVL_PIECE_CHARGE_MIN;
-    memcpy(block + op->offset, frame->bytes, frame->n_bytes);
+    put_piece(p, op, block + op->offset, frame);
     op->offset += frame->n_bytes;
     op->charged += charge;
     p->stats.bytes_fetched += frame->n_bytes;
@@ -393,7 +415,7 @@ void kvl_fetch_block(kvl_protocol *p, uint32_t peer, const kvl_message *message,
     const bool last = op->offset == n_block_bytes && op->block + 1 == op->n_blocks;
     if (!last) grant_credit(p, op);
     if (op->offset < n_block_bytes) return;
-    if (kvl_container_block_check(op->container, op->block, NULL) < 0) {
+    if (check_block(op, message) < 0) {
         take_damage(p, op, now_ns);
         return;
     }

@@ -113,13 +113,20 @@ static kvl_status remove_stale(const char *path, const struct sockaddr_un *addre
     return unlink(path) == 0 ? KVL_OK : fail_errno(error, "remove the stale socket", path);
 }
 
+kvl_status kvl_local_make_way(const char *path, kvl_error *error)
+{
+    struct sockaddr_un address;
+    KVL_TRY(address_of(path, &address, error));
+    KVL_TRY(prepare_directory(path, error));
+    return remove_stale(path, &address, error);
+}
+
 kvl_status kvl_local_listen(const char *path, mode_t mode, int *fd, kvl_error *error)
 {
     struct sockaddr_un address;
     *fd = -1;
     KVL_TRY(address_of(path, &address, error));
-    KVL_TRY(prepare_directory(path, error));
-    KVL_TRY(remove_stale(path, &address, error));
+    KVL_TRY(kvl_local_make_way(path, error));
     const int made = open_socket();
     if (made < 0) return fail_errno(error, "open a socket for", path);
     /* Nobody can connect between bind and chmod: connections wait for listen. */

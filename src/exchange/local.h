@@ -40,8 +40,11 @@ typedef struct kvl_local_link {
 /* Connects. Errors   KVL_ERR_INVALID (path), KVL_ERR_UNREACHABLE (nobody listens there),
  * KVL_ERR_IO */
 KVL_MUST_USE kvl_status kvl_local_dial(const char *path, int *fd, kvl_error *error);
-/* Listens; the socket file gets `mode`. A file that nobody listens to any more is replaced; its
+/* Sees to it that a socket file can be made. A file that nobody listens to any more is removed; its
  * directory is made with 0700 where it is missing, and refused where anybody may write to it.
+ * Errors   KVL_ERR_INVALID, KVL_ERR_BUSY (somebody listens there), KVL_ERR_IO */
+KVL_MUST_USE kvl_status kvl_local_make_way(const char *path, kvl_error *error);
+/* The same, and listens; the socket file gets `mode`.
  * Errors   KVL_ERR_INVALID, KVL_ERR_BUSY (somebody listens there), KVL_ERR_IO */
 KVL_MUST_USE kvl_status kvl_local_listen(const char *path, mode_t mode, int *fd, kvl_error *error);
 

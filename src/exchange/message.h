@@ -114,6 +114,10 @@ typedef struct kvl_message {
             uint32_t block;
             uint64_t offset;
             uint64_t total;
+            /* Not on the wire: a piece that went straight into its container (exchange/landing.h)
+             * and ends its block brings the checksum of the block. */
+            bool has_checksum;
+            uint64_t checksum;
         } block;
         struct {
             uint64_t granted_bytes;

@@ -95,6 +95,14 @@ typedef struct kvl_protocol_output {
     void (*bulk_offer)(void *context, kvl_link link, kvl_bulk_offer *offer);
     void (*bulk_agree)(void *context, kvl_link link, const kvl_bulk_offer *offer);
     void (*bulk_reset)(void *context, kvl_link link);
+    /* Of pieces that go straight into their container (exchange/landing.h); all NULL where there is
+     * no such way. land: a stream fills the blocks from `block` on; claim: the protocol itself
+     * writes up to `block`, false where what has landed there is not to be believed; leave: the
+     * stream has ended, and when it returns nobody writes there. */
+    void (*land)(void *context, kvl_link link, uint64_t request, kvl_container *container,
+                 uint32_t block);
+    bool (*claim)(void *context, kvl_link link, uint64_t request, uint32_t block);
+    void (*leave)(void *context, kvl_link link, uint64_t request);
     /* Something an operator wants to know: an event name and key=value text. */
     void (*event)(void *context, kvl_log_level level, const char *event, const char *text);
     void *context;

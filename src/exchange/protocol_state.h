@@ -110,6 +110,7 @@ typedef struct kvl_op {
     uint32_t peer; /* that sends */
     uint64_t stream_request;
     bool header_seen, moved; /* in this stream */
+    bool trusts_landing;     /* same */
     uint32_t n_retries;      /* since the last progress */
     int64_t moved_ns;
     uint64_t charged, granted;

@@ -449,6 +449,7 @@ static kvl_status take_block(const decoding *d, const Kvloom__V1__Block *from)
     to->block.block = from->block;
     to->block.offset = from->offset;
     to->block.total = from->total;
+    to->block.has_checksum = false; /* nobody else says what has landed here */
     if (d->n_frames != 1 || d->frame_bytes == 0) {
         return refuse(d, "frames", d->n_frames, "exactly 1, not empty");
     }

@@ -7,9 +7,9 @@
 #include "exchange/zmq_transport.h"
 
 #include "base/alloc.h"
-#include "base/file.h"
 #include "base/log.h"
 #include "base/random.h"
+#include "exchange/local.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -125,51 +125,12 @@ static kvl_status fail_errno(kvl_error *error, const char *what, const char *end
     return KVL_FAIL(error, KVL_ERR_IO, "cannot %s %.200s: %s", what, endpoint, zmq_strerror(errno));
 }
 
-/* Others must not be able to put their own socket where ours is expected. */
-static kvl_status prepare_directory(const char *path, kvl_error *error)
+/* ZeroMQ itself would just unlink the file of a living host. */
+static kvl_status make_way(const char *path, kvl_error *error)
 {
-    char directory[sizeof((struct sockaddr_un *)NULL)->sun_path];
-    (void)snprintf(directory, sizeof directory, "%s", path);
-    char *slash = strrchr(directory, '/');
-    if (slash == NULL || slash == directory) return KVL_OK;
-    *slash = '\0';
-    struct stat about;
-    if (stat(directory, &about) != 0) {
-        KVL_TRY(kvl_directory_make(directory, error));
-        if (chmod(directory, 0700) != 0) return fail_errno(error, "protect", directory);
-        return KVL_OK;
-    }
-    if ((about.st_mode & S_IWOTH) != 0 && (about.st_mode & S_ISVTX) == 0) {
-        return KVL_FAIL(error, KVL_ERR_IO,
-                        "anybody can write to directory %s, so anybody could take the place of its "
-                        "sockets: chmod o-w it, or use another directory",
-                        directory);
-    }
-    return KVL_OK;
-}
-
-/* A socket file stays behind when a process is killed. Whether somebody listens is asked by
- * connecting: ZeroMQ itself would just unlink the file of a living host. */
-static kvl_status remove_stale_socket(const char *path, kvl_error *error)
-{
-    struct stat about;
-    if (lstat(path, &about) != 0) return KVL_OK;
-    if (!S_ISSOCK(about.st_mode)) {
-        return KVL_FAIL(error, KVL_ERR_IO, "%s exists and is no socket: use another path", path);
-    }
-    const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (fd < 0) return fail_errno(error, "open a socket for", path);
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
-    (void)snprintf(address.sun_path, sizeof address.sun_path, "%s", path);
-    const int refused = connect(fd, (const struct sockaddr *)&address, sizeof address);
-    const int reason = errno;
-    (void)close(fd);
-    if (refused == 0 || reason != ECONNREFUSED) {
-        return KVL_FAIL(error, KVL_ERR_IO,
-                        "another process listens at %s: stop it, or use another path", path);
-    }
-    if (unlink(path) != 0) return fail_errno(error, "remove the stale socket", path);
-    return KVL_OK;
+    kvl_error inner;
+    if (kvl_local_make_way(path, &inner) == KVL_OK) return KVL_OK;
+    return KVL_FAIL(error, KVL_ERR_IO, "%s", inner.text);
 }
 
 /* ---- opening and closing ---- */
@@ -210,10 +171,7 @@ static kvl_status bind_router(kvl_transport *t, const char *endpoint, kvl_error 
 {
     const bool is_file = strncmp(endpoint, "ipc://", 6) == 0;
     const char *path = endpoint + 6;
-    if (is_file) {
-        KVL_TRY(prepare_directory(path, error));
-        KVL_TRY(remove_stale_socket(path, error));
-    }
+    if (is_file) KVL_TRY(make_way(path, error));
     t->router = open_socket(t, ZMQ_ROUTER);
     if (t->router == NULL) return fail_errno(error, "open a socket for", endpoint);
     set_int(t->router, ZMQ_ROUTER_MANDATORY, 1);

@@ -314,13 +314,22 @@ static void note_checked(block_progress *progress, uint32_t block)
 kvl_status kvl_container_block_check(const kvl_container *container, uint32_t block,
                                      kvl_error *error)
 {
+    const block_progress *progress = container->progress;
+    KVL_ASSERT(progress == NULL || atomic_load(&progress->state) != FILLING);
+    size_t n_bytes = 0;
+    const void *bytes = kvl_container_block_view(container, block, &n_bytes);
+    return kvl_container_block_accept(container, block, kvl_checksum(bytes, n_bytes), error);
+}
+
+kvl_status kvl_container_block_accept(const kvl_container *container, uint32_t block,
+                                      uint64_t actual, kvl_error *error)
+{
     block_progress *progress = container->progress;
     KVL_ASSERT(progress == NULL || atomic_load(&progress->state) != FILLING);
     const kvl_container_layout *layout = &container->layout;
     const size_t n_bytes = (size_t)container->info.block_bytes;
     const uint8_t *bytes = container->bytes + kvl_layout_block_at(layout, block);
     const uint64_t expected = kvl_header_block_checksum(layout, container->bytes, block);
-    const uint64_t actual = kvl_checksum(bytes, n_bytes);
     if (actual != expected) {
         return KVL_FAIL(error, KVL_ERR_DAMAGED,
                         "container: checksum of block %u is %016" PRIx64 ", must be %016" PRIx64,

@@ -125,6 +125,11 @@ const void *kvl_container_block_view(const kvl_container *container, uint32_t bl
 KVL_MUST_USE kvl_status kvl_container_block_check(const kvl_container *container, uint32_t block,
                                                   kvl_error *error);
 
+/* The same where the checksum of the block was computed while it was written, from exactly these
+ * bytes: they are not read again. */
+KVL_MUST_USE kvl_status kvl_container_block_accept(const kvl_container *container, uint32_t block,
+                                                   uint64_t checksum, kvl_error *error);
+
 /* Memory of containers of 1 MiB and more is kept for the next ones when they end, at most 4 buffers
  * and 256 MiB, because touching fresh pages costs more than filling them. This gives it back; until
  * then kvl_alloc_live counts it. */

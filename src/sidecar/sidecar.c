@@ -69,7 +69,8 @@ static kvl_status open_store(const kvl_sidecar_options *options, const kvl_sidec
         const kvl_lmdb_tier_options of = {.path = from->store_path,
                                           .bytes_max = from->disk_bytes_max,
                                           .fingerprint = options->fingerprint,
-                                          .durable = from->is_durable};
+                                          .durable = from->is_durable,
+                                          .seal_key = from->seals_disk ? from->key : NULL};
         status = kvl_lmdb_tier_create(&of, &tiers[n], error);
         if (status == KVL_OK) t->disk = tiers[n++];
     }

@@ -39,7 +39,8 @@ typedef struct kvl_sidecar_tenant {
     uint64_t memory_bytes_max; /* > 0 */
     const char *store_path;    /* NULL: no disk */
     uint64_t disk_bytes_max;   /* > 0 with a disk */
-    bool is_durable;           /* a put is answered when it would survive a power cut */
+    bool seals_disk; /* what is on disk is encrypted under a key that follows from `key` */
+    bool is_durable; /* a put is answered when it would survive a power cut */
 } kvl_sidecar_tenant;
 
 typedef struct kvl_sidecar_options {

@@ -14,12 +14,14 @@
 
 #include "store/lmdb_env.h"
 #include "store/lmdb_index.h"
+#include "store/lmdb_seal.h"
 
 #include "base/alloc.h"
 #include "base/log.h"
 
 #include <inttypes.h>
 #include <pthread.h>
+#include <sodium.h>
 #include <string.h>
 
 /* Of uses written along with a put: enough for what is used between two puts, and no more than a
@@ -34,6 +36,8 @@ typedef struct lmdb_tier {
     kvl_lmdb_index index;
     kvl_digest fingerprint;
     bool is_durable;
+    bool is_sealed;
+    uint8_t seal_key[KVL_LMDB_SEAL_KEY_BYTES];
     pthread_mutex_t writer;    /* one transaction that writes at a time */
     pthread_rwlock_t map_lock; /* shared by open transactions that read; resizing has it alone */
 } lmdb_tier;
@@ -126,16 +130,27 @@ static kvl_status make_room(lmdb_tier *self, uint64_t n_bytes, kvl_error *error)
     return held > target ? evict(self, held - target, error) : KVL_OK;
 }
 
-static int put_once(lmdb_tier *self, const kvl_lmdb_entry *entry, const void *bytes, size_t n_bytes)
+static void write_value(const lmdb_tier *self, const kvl_container *container, void *to)
+{
+    size_t n_bytes = 0;
+    if (self->is_sealed) {
+        kvl_lmdb_seal(self->seal_key, container, to);
+        return;
+    }
+    const void *bytes = kvl_container_bytes(container, &n_bytes);
+    memcpy(to, bytes, n_bytes);
+}
+
+static int put_once(lmdb_tier *self, const kvl_lmdb_entry *entry, const kvl_container *container)
 {
     MDB_txn *txn = NULL;
     int code = mdb_txn_begin(self->env.env, NULL, 0, &txn);
     if (code != 0) return code;
     MDB_val key = {sizeof entry->entry.id.bytes, (void *)(uintptr_t)entry->entry.id.bytes};
-    MDB_val value = {n_bytes, NULL};
+    MDB_val value = {entry->use.n_bytes, NULL};
     MDB_val use = {sizeof entry->use, (void *)(uintptr_t)&entry->use};
     code = mdb_put(txn, self->env.containers, &key, &value, MDB_RESERVE);
-    if (code == 0) memcpy(value.mv_data, bytes, n_bytes);
+    if (code == 0) write_value(self, container, value.mv_data);
     if (code == 0) code = mdb_put(txn, self->env.uses, &key, &use, 0);
     if (code == 0) code = kvl_lmdb_index_write_uses(&self->index, &self->env, txn, USES_ALONG);
     if (code == 0) return mdb_txn_commit(txn);
@@ -159,23 +174,25 @@ static int pass_a_transaction(lmdb_tier *self, uint64_t number)
 }
 
 /* Puts until the map is large enough, or empty enough. */
-static kvl_status put_growing(lmdb_tier *self, const kvl_lmdb_entry *entry, const void *bytes,
-                              size_t n_bytes, kvl_error *error)
+static kvl_status put_growing(lmdb_tier *self, const kvl_lmdb_entry *entry,
+                              const kvl_container *container, kvl_error *error)
 {
     for (;;) {
-        int code = put_once(self, entry, bytes, n_bytes);
+        int code = put_once(self, entry, container);
         if (code == 0) return KVL_OK;
         if (code != MDB_MAP_FULL) return kvl_lmdb_fail(error, code, "put");
         if (grow_map(self, false)) continue;
-        if (evict(self, n_bytes, NULL) != KVL_OK) return kvl_lmdb_fail(error, code, "put");
+        if (evict(self, entry->use.n_bytes, NULL) != KVL_OK)
+            return kvl_lmdb_fail(error, code, "put");
         code = pass_a_transaction(self, entry->use.last_use);
         if (code != 0 && code != MDB_MAP_FULL) return kvl_lmdb_fail(error, code, "put");
     }
 }
 
-static kvl_status put_new(lmdb_tier *self, const kvl_container_info *info, const void *bytes,
-                          size_t n_bytes, kvl_error *error)
+static kvl_status put_new(lmdb_tier *self, const kvl_container *container, uint64_t n_bytes,
+                          kvl_error *error)
 {
+    const kvl_container_info *info = kvl_container_info_of(container);
     /* Memory first, so that nothing can fail once the transaction is through. */
     kvl_lmdb_entry *entry = kvl_alloc_zero(1, sizeof *entry);
     if (entry == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "lmdb: no memory for an entry");
@@ -186,7 +203,7 @@ static kvl_status put_new(lmdb_tier *self, const kvl_container_info *info, const
         .kind = info->kind,
     };
     kvl_status status = make_room(self, n_bytes, error);
-    if (status == KVL_OK) status = put_growing(self, entry, bytes, n_bytes, error);
+    if (status == KVL_OK) status = put_growing(self, entry, container, error);
     if (status != KVL_OK) {
         kvl_free(entry);
         return status;
@@ -210,8 +227,8 @@ static kvl_status lmdb_put(kvl_tier *tier, kvl_container *container, kvl_error *
     const kvl_container_info *info = kvl_container_info_of(container);
     if (!kvl_container_is_sealed(container))
         return KVL_FAIL(error, KVL_ERR_INVALID, "lmdb: the container is not sealed yet");
-    size_t n_bytes = 0;
-    const void *bytes = kvl_container_bytes(container, &n_bytes);
+    const uint64_t n_bytes =
+        self->is_sealed ? kvl_lmdb_sealed_bytes(container) : kvl_container_n_bytes(container);
     if (!kvl_digest_equal(&info->fingerprint, &self->fingerprint)) {
         (void)pthread_mutex_lock(&self->index.lock);
         self->index.stats.foreign++;
@@ -222,15 +239,32 @@ static kvl_status lmdb_put(kvl_tier *tier, kvl_container *container, kvl_error *
     const uint64_t limit = bytes_max < VALUE_BYTES_MAX ? bytes_max : VALUE_BYTES_MAX;
     if (n_bytes > limit) {
         return KVL_FAIL(error, KVL_ERR_TOO_LARGE,
-                        "lmdb: container of %zu bytes, the tier takes %" PRIu64 "; raise its cap",
+                        "lmdb: container of %" PRIu64 " bytes, the tier takes %" PRIu64
+                        "; raise its cap",
                         n_bytes, limit);
     }
     (void)pthread_mutex_lock(&self->writer);
     kvl_status status = KVL_OK;
     if (!kvl_lmdb_index_find(&self->index, &info->id, NULL))
-        status = put_new(self, info, bytes, n_bytes, error);
+        status = put_new(self, container, n_bytes, error);
     (void)pthread_mutex_unlock(&self->writer);
     return status;
+}
+
+/* What is sealed needs the key, and with a key nothing else is believed: whoever can write to the
+ * database could put anything there. */
+static kvl_status copy_value(const lmdb_tier *self, const kvl_digest *id, const MDB_val *value,
+                             bool check_blocks, kvl_container **container, kvl_error *error)
+{
+    const bool is_sealed = kvl_lmdb_is_sealed(value->mv_data, value->mv_size);
+    if (is_sealed != self->is_sealed)
+        return KVL_FAIL(error, KVL_ERR_FOREIGN, "lmdb: the container is %s, the tier is %s",
+                        is_sealed ? "sealed" : "not sealed", is_sealed ? "not" : "sealed");
+    if (is_sealed) {
+        return kvl_lmdb_unseal(self->seal_key, id, value->mv_data, value->mv_size, container,
+                               error);
+    }
+    return kvl_container_copy(value->mv_data, value->mv_size, check_blocks, container, error);
 }
 
 /* Copies one container out of the map. */
@@ -243,9 +277,9 @@ static kvl_status read_container(lmdb_tier *self, const kvl_digest *id, bool che
     int code = mdb_txn_begin(self->env.env, NULL, MDB_RDONLY, &txn);
     if (code != 0) return kvl_lmdb_fail(error, code, "begin to read");
     code = mdb_get(txn, self->env.containers, &key, &value);
-    const kvl_status status =
-        code == 0 ? kvl_container_copy(value.mv_data, value.mv_size, check_blocks, container, error)
-                  : kvl_lmdb_fail(error, code, "get");
+    const kvl_status status = code == 0
+                                  ? copy_value(self, id, &value, check_blocks, container, error)
+                                  : kvl_lmdb_fail(error, code, "get");
     mdb_txn_abort(txn);
     return status;
 }
@@ -276,6 +310,13 @@ static void drop_damaged(lmdb_tier *self, const kvl_digest *id)
     (void)pthread_mutex_unlock(&self->writer);
 }
 
+static void log_foreign(const kvl_digest *id)
+{
+    char text[KVL_DIGEST_TEXT_BYTES];
+    kvl_log(KVL_LOG_WARN, "container_foreign", "tier=lmdb container=%.16s",
+            kvl_digest_to_text(id, text));
+}
+
 static kvl_status lmdb_get(kvl_tier *tier, const kvl_digest *id, bool check_blocks,
                            kvl_container **container, kvl_error *error)
 {
@@ -300,6 +341,7 @@ static kvl_status lmdb_get(kvl_tier *tier, const kvl_digest *id, bool check_bloc
     if (status == KVL_ERR_TOO_LARGE) status = KVL_ERR_DAMAGED;
     count(self, status == KVL_ERR_DAMAGED ? DAMAGED : status == KVL_ERR_FOREIGN ? FOREIGN : MISS);
     if (status == KVL_ERR_DAMAGED) drop_damaged(self, id);
+    if (status == KVL_ERR_FOREIGN) log_foreign(id);
     return status;
 }
 
@@ -368,6 +410,13 @@ static void write_all_uses(lmdb_tier *self)
                 mdb_strerror(code));
 }
 
+/* Overwrites the key. */
+static void end(lmdb_tier *self)
+{
+    (void)sodium_munlock(self->seal_key, sizeof self->seal_key);
+    kvl_free(self);
+}
+
 static void lmdb_destroy(kvl_tier *tier)
 {
     lmdb_tier *self = (lmdb_tier *)tier;
@@ -376,7 +425,7 @@ static void lmdb_destroy(kvl_tier *tier)
     kvl_lmdb_index_deinit(&self->index);
     (void)pthread_rwlock_destroy(&self->map_lock);
     (void)pthread_mutex_destroy(&self->writer);
-    kvl_free(self);
+    end(self);
 }
 
 static kvl_status open_and_load(lmdb_tier *self, const kvl_lmdb_tier_options *options,
@@ -420,6 +469,22 @@ static void init_locks(lmdb_tier *self)
     (void)pthread_mutex_init(&self->writer, NULL);
 }
 
+/* Not the tenant's key itself, which makes ids: what one key does must tell nothing of the other.
+ * Where memory cannot be locked (`kvloom doctor` says so), the key may reach the swap. */
+static void take_key(lmdb_tier *self, const uint8_t *key)
+{
+    static const char DOMAIN_NAME[] = "kvloom.rest.1";
+    (void)sodium_mlock(self->seal_key, sizeof self->seal_key);
+    if (key == NULL) return;
+    kvl_digester digester;
+    kvl_digester_init(&digester, key, KVL_LMDB_SEAL_KEY_BYTES);
+    kvl_digester_add(&digester, DOMAIN_NAME, sizeof DOMAIN_NAME);
+    kvl_digest derived = kvl_digester_end(&digester);
+    memcpy(self->seal_key, derived.bytes, sizeof self->seal_key);
+    sodium_memzero(&derived, sizeof derived);
+    self->is_sealed = true;
+}
+
 kvl_status kvl_lmdb_tier_create(const kvl_lmdb_tier_options *options, kvl_tier **tier,
                                 kvl_error *error)
 {
@@ -440,9 +505,10 @@ kvl_status kvl_lmdb_tier_create(const kvl_lmdb_tier_options *options, kvl_tier *
     made->tier.ops = &ops;
     made->fingerprint = options->fingerprint;
     made->is_durable = options->durable;
+    take_key(made, options->seal_key);
     const kvl_status status = open_or_quarantine(made, options, error);
     if (status != KVL_OK) {
-        kvl_free(made);
+        end(made);
         return status;
     }
     init_locks(made);

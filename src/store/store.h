@@ -68,6 +68,10 @@ typedef struct kvl_lmdb_tier_options {
     uint64_t bytes_max;     /* > 0; the oldest used go first above 95 % of it, down to 90 % */
     kvl_digest fingerprint; /* containers of another model are refused and counted */
     bool durable;           /* sync at each commit; otherwise the system decides when */
+    /* [32], copied; containers are sealed under a key that follows from it (store/lmdb_seal.h), and
+     * what is not sealed under it is a miss, counted as foreign. Who deletes the key has deleted
+     * the data. NULL: as they are. */
+    const uint8_t *seal_key;
 } kvl_lmdb_tier_options;
 
 /* A database whose pages are damaged is renamed to data.mdb.damaged, logged, counted once in
@@ -79,6 +83,15 @@ typedef struct kvl_lmdb_tier_options {
  *          KVL_ERR_CORRUPT (damaged and cannot be put aside), KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status kvl_lmdb_tier_create(const kvl_lmdb_tier_options *options, kvl_tier **tier,
                                              kvl_error *error);
+
+/* Looks at a database without opening it, and changes nothing; *n_bytes is its size. For tools.
+ * Errors   KVL_ERR_NOT_FOUND (none is there), KVL_ERR_UNSUPPORTED (a file system of another
+ *          machine), KVL_ERR_BUSY (somebody has it open, so it cannot be looked at),
+ *          KVL_ERR_CORRUPT, KVL_ERR_FOREIGN (another version of LMDB's format), KVL_ERR_IO,
+ *          KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status kvl_lmdb_tier_check(const char *path, uint64_t *n_bytes, kvl_error *error);
+/* "LMDB 0.9.24: (July 24, 2019)"; static text. */
+const char *kvl_lmdb_version(void);
 
 /* Tiers from fast to slow as one: get asks in order and puts what a slower tier had into the faster
  * ones; put goes to all. The slowest decides what a put answers; where it fails for want of

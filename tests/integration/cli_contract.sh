@@ -37,7 +37,7 @@ expect 0 '^Usage: kvloom COMMAND' out "$kvloom" --help
 expect 2 '^Usage: kvloom COMMAND' err "$kvloom"
 expect 2 "no command 'frobnicate'" err "$kvloom" frobnicate
 expect 0 'smollm2-135m' out "$kvloom" model list
-for command in demo serve generate tokenize logits model explain status bench batch chat; do
+for command in demo serve generate tokenize logits model explain status bench batch chat get put doctor sidecar; do
     expect 0 "^Usage: kvloom $command" out "$kvloom" "$command" --help
 done
 

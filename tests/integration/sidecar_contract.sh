@@ -2,6 +2,7 @@
 # `kvloom sidecar` and the commands that look into it, as a user starts them: sh sidecar_contract.sh BUILD
 set -eu
 kvloom=$1/kvloom
+tests=$(cd "$(dirname "$0")/.." && pwd)
 place=$(mktemp -d)
 trap '[ "$pid" -eq 0 ] || kill "$pid" 2>/dev/null || true; rm -rf "$place"' EXIT
 pid=0
@@ -99,6 +100,68 @@ refuses 1 FOREIGN "$kvloom" ls --socket "$place/s.sock" --model other
 refuses 1 NOT_FOUND "$kvloom" rm --socket "$place/s.sock" --model m "$(printf '%064d' 1)"
 refuses 2 "no id" "$kvloom" rm --socket "$place/s.sock" --model m xyz
 refuses 1 "another process listens" "$kvloom" sidecar $common
+
+# A file goes in and comes out: the blocks, the tokens and the shape are the same, the id is the sidecar's.
+example=$tests/golden/segment/example_f16.kvseg
+refuses 1 NOT_FOUND "$kvloom" put --socket "$place/s.sock" "$place/none.kvseg"
+cp "$example" "$place/hurt.kvseg"
+printf '\377' | dd of="$place/hurt.kvseg" bs=1 seek=$(($(stat -c %s "$example") - 70)) conv=notrunc 2>/dev/null
+refuses 1 DAMAGED "$kvloom" put --socket "$place/s.sock" --model m "$place/hurt.kvseg"
+refuses 1 "with --home" "$kvloom" put --socket "$place/s.sock" --model m "$example"
+printf '1\n2\n3\n' >"$place/home"
+put="$kvloom put --socket $place/s.sock --home $place/home"
+refuses 1 FOREIGN $put "$example"
+id=$($put --model m "$example")
+[ "$("$kvloom" get --socket "$place/s.sock" --model m -o "$place/out.kvseg" "$id")" = "$place/out.kvseg" ] ||
+    fail "get does not name its file"
+"$kvloom" ls --socket "$place/s.sock" --model m | grep -q "$id" || fail "what was put is not listed"
+"$kvloom" rm --socket "$place/s.sock" --model m "$id"
+[ "$($put --model m "$place/out.kvseg")" = "$id" ] || fail "what was got is not what was put"
+echo 4 >>"$place/home"
+[ "$($put --model m "$place/out.kvseg")" != "$id" ] || fail "another home has the same id"
+refuses 1 "no peer" "$kvloom" get --socket "$place/s.sock" --model m "$(printf '%064d' 1)"
+refuses 2 "one id" "$kvloom" get --socket "$place/s.sock" --model m
+
+# doctor: what runs, what would run, and what would not.
+cat >"$place/sick" <<END
+model: m
+listen: tcp://127.0.0.1:1
+curve-key: $place/pair
+allow-list: $place/allow
+tenants:
+  - name: a
+    socket: $place/s.sock
+    key-file: $place/key
+    store: $place/store
+    memory: 1MiB
+    disk: 1MiB
+END
+chmod 600 "$place/key"
+doctor() {
+    status=0
+    "$kvloom" doctor --config "$place/sick" "$@" >"$place/said" || status=$?
+}
+tells() {
+    grep -q -- "$1" "$place/said" || fail "doctor does not tell '$1': $(cat "$place/said")"
+}
+doctor
+tells "^ok    socket .*somebody listens"
+tells "^ok    database .*in use"
+tells "^ok    allow-list .*1 keys"
+tells "^ok    curve-key"
+tells "^ok    lmdb .*LMDB 0"
+doctor --json
+python3 -c "import json, sys
+lines = [json.loads(line) for line in open(sys.argv[1])]
+assert all(line['finding'] in ('ok', 'warn', 'FAIL') for line in lines) and len(lines) > 8" "$place/said" ||
+    fail "doctor --json is no JSON"
+chmod 644 "$place/key" "$place/pair"
+doctor
+tells "^warn  key .*mode 0644"
+tells "^FAIL  curve-key"
+tells "chmod 600"
+[ "$status" -eq 1 ] || fail "doctor ended with $status"
+chmod 600 "$place/key" "$place/pair"
 # said TEXT: it stands in the log within ten seconds.
 said() {
     for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
@@ -118,4 +181,19 @@ kill -TERM $pid
 wait $pid || fail "SIGTERM ended it with $?"
 [ ! -e "$place/s.sock" ] || fail "the socket file was left"
 pid=0
+# Nobody has the database open now: its pages are looked at, and nothing is changed.
+echo "$public a read me" >"$place/allow"
+sed -i 's/^listen:.*/listen: ipc:\/\/\/tmp\/x/' "$place/sick"
+doctor
+[ "$status" -eq 0 ] || fail "doctor ended with $status: $(cat "$place/said")"
+tells "^ok    database .*every page is sound"
+tells "^ok    socket .*is free"
+before=$(stat -c %s "$place/store/data.mdb")
+dd if=/dev/urandom of="$place/store/data.mdb" bs=4096 seek=1 count=3 conv=notrunc 2>/dev/null
+doctor
+tells "^warn  database"
+[ "$(stat -c %s "$place/store/data.mdb")" = "$before" ] || fail "doctor changed the database"
+echo "wrkers: 2" >>"$place/sick"
+doctor
+tells "^FAIL  configuration .*wrkers"
 echo "sidecar: starts, refuses, answers, reloads and stops as it says"

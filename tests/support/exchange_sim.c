@@ -11,11 +11,12 @@
 #include "exchange/wire.h"
 #include "tiny_store.h"
 
+#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 
 enum {
-    HOSTS_MAX = 5,
+    HOSTS_MAX = KVL_SIM_HOSTS_MAX,
     REQUESTS_MAX = 512,
     NUMBERS = 24, /* containers that are asked for; the last six are nowhere */
     NUMBERS_HELD = 18,
@@ -35,6 +36,9 @@ typedef enum event_kind {
     EVENT_REPLY,
     EVENT_KILL,
     EVENT_REVIVE,
+    EVENT_SPLIT,
+    EVENT_JOIN,
+    EVENT_JUMP,
 } event_kind;
 
 typedef struct event {
@@ -68,6 +72,9 @@ typedef struct host {
     uint64_t life; /* 0: dead */
     kvl_protocol *protocol;
     tiny_store store;
+    kvl_tier disk;               /* the store, which fails now and then */
+    int64_t ahead_ns;            /* of its clock */
+    int64_t jumped_ns;           /* since its last tick: what was due meanwhile is late by that */
     uint64_t dialled[HOSTS_MAX]; /* life of the other that we are connected to; 0: none */
     struct {
         bool used;
@@ -83,6 +90,7 @@ struct sim {
     int64_t now_ns;
     uint64_t last_life, last_order;
     bool calm;
+    uint32_t split; /* bit h: host h reaches only those with the same bit */
     host hosts[HOSTS_MAX];
     request requests[REQUESTS_MAX];
     uint32_t n_requests;
@@ -101,6 +109,11 @@ static uint32_t below(sim *s, uint32_t limit)
 static bool happens(sim *s, uint32_t of_thousand)
 {
     return !s->calm && below(s, 1000) < of_thousand;
+}
+
+static int64_t clock_of(const host *h)
+{
+    return h->sim->now_ns + h->ahead_ns;
 }
 
 #define VIOLATE(s, ...)                                                                            \
@@ -291,6 +304,7 @@ static void arrive(sim *s, const event *e)
 {
     if (e->block_bytes > 0) s->under_way_bytes[e->from][e->to] -= e->block_bytes;
     host *to = &s->hosts[e->to];
+    if (((s->split >> e->from ^ s->split >> e->to) & 1) != 0) return;
     if (to->life == 0 || to->life != e->to_life) return;
     const uint32_t slot = e->from_asker ? slot_of(to, e->from, e->from_life) : 0;
     const kvl_link link = e->from_asker ? KVL_LINK_CLIENT + slot : peer_of_host(to->index, e->from);
@@ -300,7 +314,7 @@ static void arrive(sim *s, const event *e)
                         &error) < 0) {
         kvl_protocol_refuse(to->protocol, link, message.request, &error);
     } else {
-        kvl_protocol_receive(to->protocol, link, &message, e->frames, e->n_frames, s->now_ns);
+        kvl_protocol_receive(to->protocol, link, &message, e->frames, e->n_frames, clock_of(to));
     }
     if (e->from_asker) forget_closed(to, slot);
 }
@@ -381,9 +395,9 @@ static void sim_complete(void *context, const kvl_completion *completion)
     sim *s = h->sim;
     request *r = completion->waiter;
     if (!r->open) VIOLATE(s, "request %u ended twice", (uint32_t)(r - s->requests));
-    if (s->now_ns > r->deadline_ns + 2 * KVL_TICK_NS) {
+    if (clock_of(h) > r->deadline_ns + h->jumped_ns + 2 * KVL_TICK_NS) {
         VIOLATE(s, "request %u ended %lld ms late", (uint32_t)(r - s->requests),
-                (long long)((s->now_ns - r->deadline_ns) / KVL_NS_PER_MS));
+                (long long)((clock_of(h) - r->deadline_ns) / KVL_NS_PER_MS));
     }
     r->open = false;
     count_end(s, r, completion->status);
@@ -437,17 +451,17 @@ static void reply(sim *s, const event *e)
     for (size_t i = 0; i < kvl_bulk_size(body); i++) {
         kvl_bulk_bytes(body)[i] = reply_byte(e->request, h->index, i);
     }
-    kvl_protocol_reply(h->protocol, e->task, KVL_OK, NULL, body, s->now_ns);
+    kvl_protocol_reply(h->protocol, e->task, KVL_OK, NULL, body, clock_of(h));
 }
 
-static void begin_task(sim *s, host *h, request *r, uint32_t index)
+static void begin_task(host *h, request *r, uint32_t index)
 {
     kvl_bulk *body = kvl_bulk_create(sizeof index + index % BODY_BYTES_MAX);
     KVL_ASSERT(body != NULL);
     memset(kvl_bulk_bytes(body), 0, kvl_bulk_size(body));
     memcpy(kvl_bulk_bytes(body), &index, sizeof index);
     kvl_protocol_call(h->protocol, r, peer_of_host(h->index, r->peer), body, r->deadline_ns,
-                      s->now_ns);
+                      clock_of(h));
     kvl_bulk_release(body);
 }
 
@@ -461,7 +475,7 @@ static void begin_request(sim *s, const event *e)
     *r = (request){.open = true, .is_final = e->is_final, .host = h->index};
     r->kind = dice < 6 ? KVL_MESSAGE_FETCH : dice < 7 ? KVL_MESSAGE_LIST : KVL_MESSAGE_TASK;
     r->deadline_ns =
-        s->now_ns + (e->is_final ? 2500 : 30 + (int64_t)below(s, 2500)) * KVL_NS_PER_MS;
+        clock_of(h) + (e->is_final ? 2500 : 30 + (int64_t)below(s, 2500)) * KVL_NS_PER_MS;
     r->peer = host_of_peer(h->index, below(s, s->options->n_hosts - 1));
     s->report->n_requests++;
     if (r->kind == KVL_MESSAGE_FETCH) {
@@ -471,22 +485,64 @@ static void begin_request(sim *s, const event *e)
         } while (e->is_final && !holds(s, r->peer, r->number));
         const kvl_digest id = tiny_id(r->number);
         if (happens(s, 300)) kvl_protocol_announce(h->protocol, &id, KVL_CONTAINER_ANCHOR);
-        kvl_protocol_fetch(h->protocol, r, &id, r->deadline_ns, s->now_ns);
+        kvl_protocol_fetch(h->protocol, r, &id, r->deadline_ns, clock_of(h));
     } else if (r->kind == KVL_MESSAGE_LIST) {
         r->number = below(s, GROUPS);
         const uint8_t group = (uint8_t)r->number;
         kvl_protocol_list(h->protocol, r, KVL_CONTAINER_ANCHOR, &group, 1, r->deadline_ns,
-                          s->now_ns);
+                          clock_of(h));
     } else {
-        begin_task(s, h, r, index);
+        begin_task(h, r, index);
     }
 }
+
+/* ---- disks that fail ---- */
+
+static host *host_of_disk(kvl_tier *tier)
+{
+    return (host *)(void *)((uint8_t *)tier - offsetof(host, disk));
+}
+
+static bool fails(host *h)
+{
+    if (!happens(h->sim, h->sim->options->n_disk_errors)) return false;
+    h->sim->report->n_disk_errors++;
+    return true;
+}
+
+static kvl_status disk_get(kvl_tier *tier, const kvl_digest *id, bool check_blocks,
+                           kvl_container **container, kvl_error *error)
+{
+    host *h = host_of_disk(tier);
+    *container = NULL;
+    if (fails(h)) return KVL_FAIL(error, KVL_ERR_IO, "the disk does not answer");
+    return h->store.tier.ops->get(&h->store.tier, id, check_blocks, container, error);
+}
+
+static bool disk_has(kvl_tier *tier, const kvl_digest *id)
+{
+    host *h = host_of_disk(tier);
+    return !fails(h) && h->store.tier.ops->has(&h->store.tier, id);
+}
+
+static void disk_list(kvl_tier *tier,
+                      bool (*visit)(void *context, const kvl_digest *id, kvl_container_kind kind,
+                                    uint64_t n_bytes),
+                      void *context)
+{
+    host *h = host_of_disk(tier);
+    if (!fails(h)) h->store.tier.ops->list(&h->store.tier, visit, context);
+}
+
+static const kvl_tier_ops disk_ops = {
+    .name = "failing", .get = disk_get, .has = disk_has, .list = disk_list};
 
 /* ---- hosts ---- */
 
 static void revive(sim *s, uint32_t index)
 {
-    static const char *const names[HOSTS_MAX] = {"h0", "h1", "h2", "h3", "h4"};
+    static const char *const names[HOSTS_MAX] = {"h0", "h1", "h2", "h3", "h4",  "h5",
+                                                 "h6", "h7", "h8", "h9", "h10", "h11"};
     host *h = &s->hosts[index];
     if (h->life != 0) return;
     h->life = ++s->last_life;
@@ -500,7 +556,7 @@ static void revive(sim *s, uint32_t index)
         .seed = s->options->seed,
         .peers = peers,
         .n_peers = s->options->n_hosts - 1,
-        .store = &h->store.tier,
+        .store = &h->disk,
         .timeout_ms = 800,
         .runs_tasks = true,
         .output = {.send = sim_send,
@@ -509,7 +565,7 @@ static void revive(sim *s, uint32_t index)
                    .event = sim_event,
                    .context = h},
     };
-    KVL_ASSERT(kvl_protocol_create(&options, s->now_ns, &h->protocol) == KVL_OK);
+    KVL_ASSERT(kvl_protocol_create(&options, clock_of(h), &h->protocol) == KVL_OK);
     push_for_host(s, EVENT_TICK, index, index, s->now_ns + KVL_TICK_NS);
     for (uint32_t i = 0; i < s->options->n_hosts; i++) {
         if (i == index) continue;
@@ -557,9 +613,9 @@ static void connect_hosts(sim *s, const event *e)
     const uint64_t life = s->hosts[e->from].life;
     if (h->life == 0 || h->life != e->to_life || life == 0 || h->dialled[e->from] == life) return;
     const kvl_link link = peer_of_host(e->to, e->from);
-    if (h->dialled[e->from] != 0) kvl_protocol_disconnected(h->protocol, link, s->now_ns);
+    if (h->dialled[e->from] != 0) kvl_protocol_disconnected(h->protocol, link, clock_of(h));
     h->dialled[e->from] = life;
-    kvl_protocol_connected(h->protocol, link, s->now_ns);
+    kvl_protocol_connected(h->protocol, link, clock_of(h));
 }
 
 static void disconnect_hosts(sim *s, const event *e)
@@ -567,17 +623,37 @@ static void disconnect_hosts(sim *s, const event *e)
     host *h = &s->hosts[e->to];
     if (h->life == 0 || h->life != e->to_life || h->dialled[e->from] != e->from_life) return;
     h->dialled[e->from] = 0;
-    kvl_protocol_disconnected(h->protocol, peer_of_host(e->to, e->from), s->now_ns);
+    kvl_protocol_disconnected(h->protocol, peer_of_host(e->to, e->from), clock_of(h));
 }
 
 static void tick(sim *s, const event *e)
 {
     host *h = &s->hosts[e->to];
     if (h->life != e->to_life) return;
-    kvl_protocol_tick(h->protocol, s->now_ns);
-    while (kvl_protocol_work(h->protocol, s->now_ns)) continue;
+    kvl_protocol_tick(h->protocol, clock_of(h));
+    h->jumped_ns = 0;
+    while (kvl_protocol_work(h->protocol, clock_of(h))) continue;
     for (uint32_t slot = 0; slot < KVL_CLIENTS_MAX; slot++) forget_closed(h, slot);
     push_for_host(s, EVENT_TICK, e->to, e->to, s->now_ns + KVL_TICK_NS);
+}
+
+/* Some hosts on this side, some on that; the next split takes the place of this one. */
+static void split(sim *s)
+{
+    if (s->calm) return;
+    s->split = below(s, 1u << s->options->n_hosts);
+    s->report->n_splits++;
+    push_for_host(s, EVENT_JOIN, 0, 0, s->now_ns + (int64_t)below(s, 900) * KVL_NS_PER_MS);
+}
+
+/* Only forward: the clock is a monotonic one. */
+static void jump(sim *s, host *h)
+{
+    if (s->calm) return;
+    const int64_t by_ns = (int64_t)below(s, 6000) * KVL_NS_PER_MS;
+    h->ahead_ns += by_ns;
+    h->jumped_ns += by_ns;
+    s->report->n_jumps++;
 }
 
 static void run_event(sim *s, const event *e)
@@ -591,6 +667,9 @@ static void run_event(sim *s, const event *e)
     case EVENT_REPLY: reply(s, e); break;
     case EVENT_KILL: kill_host(s, e->to); break;
     case EVENT_REVIVE: revive(s, e->to); break;
+    case EVENT_SPLIT: split(s); break;
+    case EVENT_JOIN: s->split = 0; break;
+    case EVENT_JUMP: jump(s, &s->hosts[e->to]); break;
     }
 }
 
@@ -600,6 +679,7 @@ static void fill_stores(sim *s)
 {
     for (uint32_t i = 0; i < s->options->n_hosts; i++) {
         tiny_store_init(&s->hosts[i].store);
+        s->hosts[i].disk.ops = &disk_ops;
         for (uint32_t n = 0; n < NUMBERS_HELD; n++) {
             if (!holds(s, i, n)) continue;
             tiny_shape shape = {
@@ -623,6 +703,12 @@ static void plan(sim *s)
         push_for_host(s, EVENT_KILL, below(s, o->n_hosts), 0,
                       (int64_t)kvl_random_below(&s->random, (uint64_t)chaos_ns));
     }
+    for (uint32_t i = 0; i < 3; i++) {
+        const int64_t split_ns = o->splits ? (int64_t)below(s, 1900) * KVL_NS_PER_MS : 0;
+        const int64_t jump_ns = o->jumps ? (int64_t)below(s, 1900) * KVL_NS_PER_MS : 0;
+        if (o->splits) push_for_host(s, EVENT_SPLIT, 0, 0, split_ns);
+        if (o->jumps) push_for_host(s, EVENT_JUMP, below(s, o->n_hosts), 0, jump_ns);
+    }
     for (uint32_t i = 0; i < 3 * o->n_hosts; i++) {
         event *e = make_event(s, EVENT_REQUEST, calm_ns + (int64_t)i * 1000000, 0);
         e->to = i % o->n_hosts;
@@ -631,7 +717,7 @@ static void plan(sim *s)
     }
 }
 
-static void finish(sim *s)
+static void finish(sim *s, bool is_whole)
 {
     for (uint32_t i = 0; i < s->options->n_hosts; i++) {
         host *h = &s->hosts[i];
@@ -641,10 +727,10 @@ static void finish(sim *s)
     }
     while (s->n_events > 0) kvl_free(pop(s));
     kvl_free(s->heap);
-    for (uint32_t i = 0; i < s->n_requests; i++) {
+    for (uint32_t i = 0; is_whole && i < s->n_requests; i++) {
         if (s->requests[i].open) VIOLATE(s, "request %u never ended", i);
     }
-    if (s->report->n_final != s->report->n_final_ok) {
+    if (is_whole && s->report->n_final != s->report->n_final_ok) {
         VIOLATE(s, "%llu of %llu requests failed after the faults had stopped",
                 (unsigned long long)(s->report->n_final - s->report->n_final_ok),
                 (unsigned long long)s->report->n_final);
@@ -666,13 +752,37 @@ void kvl_sim_run(const kvl_sim_options *options, kvl_sim_report *report)
     }
     fill_stores(s);
     plan(s);
+    bool is_whole = true;
     while (s->n_events > 0 && s->heap[0]->at_ns < end_ns && report->violation[0] == '\0') {
         event *e = pop(s);
         s->now_ns = e->at_ns;
         s->calm = s->now_ns >= chaos_ns;
+        if (s->calm) s->split = 0;
+        report->n_steps++;
+        report->trace =
+            (report->trace ^ (uint64_t)e->at_ns ^ (uint64_t)e->kind << 56 ^ (uint64_t)e->to << 48) *
+            UINT64_C(0x100000001b3);
+        is_whole = report->n_steps != options->n_steps;
         run_event(s, e);
         kvl_free(e);
+        if (!is_whole) break;
     }
-    finish(s);
+    finish(s, is_whole);
     kvl_free(s);
+}
+
+kvl_sim_options kvl_sim_everything(uint64_t seed)
+{
+    kvl_random random = {seed ^ UINT64_C(0x5eed)};
+    return (kvl_sim_options){.seed = seed,
+                             .n_hosts = 2 + (uint32_t)kvl_random_below(&random, HOSTS_MAX - 1),
+                             .n_requests = 40 + (uint32_t)kvl_random_below(&random, 80),
+                             .n_lost = (uint32_t)kvl_random_below(&random, 120),
+                             .n_doubled = (uint32_t)kvl_random_below(&random, 80),
+                             .n_damaged = (uint32_t)kvl_random_below(&random, 40),
+                             .n_disk_errors = (uint32_t)kvl_random_below(&random, 100),
+                             .reorders = kvl_random_below(&random, 2) == 1,
+                             .kills = kvl_random_below(&random, 2) == 1,
+                             .splits = kvl_random_below(&random, 2) == 1,
+                             .jumps = kvl_random_below(&random, 2) == 1};
 }

@@ -102,9 +102,10 @@ typedef struct taken {
 } taken;
 
 static void take(void *context, kvl_link link, const void *control, size_t n_control_bytes,
-                 const kvl_frame *frames, size_t n_frames)
+                 const kvl_frame *frames, size_t n_frames, const uint64_t *checksum)
 {
     taken *t = context;
+    assert_null(checksum);
     assert_int_equal(link, 0);
     assert_int_equal(n_control_bytes, 4);
     assert_memory_equal(control, "ctrl", 4);

@@ -10,8 +10,10 @@
 #include <cmocka.h>
 
 #include "base/alloc.h"
+#include "base/clock.h"
 #include "exchange/protocol.h"
 #include "exchange_sim.h"
+#include "test_random.h"
 
 enum { SEEDS = 40 };
 
@@ -41,6 +43,9 @@ static kvl_sim_report run_scene(kvl_sim_options options)
         sum.n_tasks_run += report.n_tasks_run;
         sum.n_blocks_damaged += report.n_blocks_damaged;
         sum.n_refused += report.n_refused;
+        sum.n_splits += report.n_splits;
+        sum.n_jumps += report.n_jumps;
+        sum.n_disk_errors += report.n_disk_errors;
         sum.n_messages += report.n_messages;
         if (report.under_way_bytes_max > sum.under_way_bytes_max) {
             sum.under_way_bytes_max = report.under_way_bytes_max;
@@ -112,6 +117,53 @@ static void test_everything_at_once(void **state)
     assert_true(sum.n_kills > 0 && sum.n_ok > 0);
 }
 
+static void test_networks_fall_apart_and_clocks_jump(void **state)
+{
+    (void)state;
+    const kvl_sim_report sum = run_scene((kvl_sim_options){
+        .n_requests = 80, .n_lost = 20, .splits = true, .jumps = true, .n_disk_errors = 100});
+    assert_true(sum.n_splits > 0 && sum.n_jumps > 0 && sum.n_disk_errors > 0 && sum.n_ok > 0);
+}
+
+/* The same seed gives the same events at the same times, so a failure can be looked at again. */
+static void test_a_run_can_be_repeated(void **state)
+{
+    (void)state;
+    kvl_sim_options options = kvl_sim_everything(12345);
+    kvl_sim_report first, second, other;
+    kvl_sim_run(&options, &first);
+    kvl_sim_run(&options, &second);
+    assert_memory_equal(&first, &second, sizeof first);
+    options.seed++;
+    kvl_sim_run(&options, &other);
+    assert_int_not_equal(first.trace, other.trace);
+    options.seed--;
+    options.n_steps = first.n_steps / 2;
+    kvl_sim_run(&options, &other);
+    assert_int_equal(other.n_steps, options.n_steps);
+}
+
+/* Seeds that nobody has seen before, for ten seconds; each failure prints how to repeat it. */
+static void test_fresh_seeds(void **state)
+{
+    (void)state;
+    kvl_random random = kvl_test_random();
+    const uint64_t first = kvl_random_next(&random) >> 24;
+    const int64_t end_ns = kvl_clock_now(kvl_clock_system()) + 10 * KVL_NS_PER_S;
+    uint64_t n = 0;
+    for (; kvl_clock_now(kvl_clock_system()) < end_ns; n++) {
+        const kvl_sim_options options = kvl_sim_everything(first + n);
+        kvl_sim_report report;
+        kvl_sim_run(&options, &report);
+        if (report.violation[0] != '\0')
+            fail_msg("kvloom-sim --seed %llu: %s", (unsigned long long)options.seed,
+                     report.violation);
+    }
+    print_message("seeds %llu to %llu\n", (unsigned long long)first,
+                  (unsigned long long)(first + n - 1));
+    assert_true(n > 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -121,6 +173,9 @@ int main(void)
         cmocka_unit_test(test_damage_is_never_handed_out),
         cmocka_unit_test(test_hosts_may_die_at_any_time),
         cmocka_unit_test(test_everything_at_once),
+        cmocka_unit_test(test_networks_fall_apart_and_clocks_jump),
+        cmocka_unit_test(test_a_run_can_be_repeated),
+        cmocka_unit_test(test_fresh_seeds),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -27,7 +27,7 @@ static const uint64_t MIB = (uint64_t)1 << 20;
 
 static kvl_tier *open_tier(const char *path, uint64_t bytes_max, bool durable)
 {
-    const kvl_lmdb_tier_options options = {path, bytes_max, kvl_store_fingerprint(), durable};
+    const kvl_lmdb_tier_options options = {path, bytes_max, kvl_store_fingerprint(), durable, NULL};
     kvl_tier *tier = NULL;
     kvl_error error = {.text = ""};
     if (kvl_lmdb_tier_create(&options, &tier, &error) != KVL_OK) fail_msg("%s", error.text);
@@ -309,7 +309,7 @@ static void test_containers_of_another_model_are_foreign(void **state)
     tier->ops->destroy(tier);
 
     /* The same database under another model: nothing is given out, nothing is lost. */
-    const kvl_lmdb_tier_options options = {place.path, 64 * MIB, other, false};
+    const kvl_lmdb_tier_options options = {place.path, 64 * MIB, other, false, NULL};
     assert_int_equal(kvl_lmdb_tier_create(&options, &tier, NULL), KVL_OK);
     assert_int_equal(get_number(tier, 1), KVL_ERR_FOREIGN);
     assert_int_equal(stats_of(tier).foreign, 1);
@@ -339,7 +339,7 @@ static void test_a_path_that_will_not_do_is_refused(void **state)
     char file[128];
     (void)snprintf(file, sizeof file, "%s/file", place.path);
     assert_int_equal(kvl_file_write(file, "x", 1, NULL), KVL_OK);
-    kvl_lmdb_tier_options options = {file, MIB, kvl_store_fingerprint(), false};
+    kvl_lmdb_tier_options options = {file, MIB, kvl_store_fingerprint(), false, NULL};
     expect_no_tier(&options, KVL_ERR_IO, "not a directory");
     options.path = "";
     expect_no_tier(&options, KVL_ERR_INVALID, "path is empty");
@@ -374,7 +374,8 @@ static void test_another_format_is_refused_and_left_alone(void **state)
         MDB_val value = {sizeof format, &format};
         assert_int_equal(mdb_put(r.txn, r.about, &key, &value, 0), 0);
         raw_close(&r);
-        const kvl_lmdb_tier_options options = {place.path, MIB, kvl_store_fingerprint(), false};
+        const kvl_lmdb_tier_options options = {place.path, MIB, kvl_store_fingerprint(), false,
+                                               NULL};
         if (format > KVL_LMDB_FORMAT) {
             expect_no_tier(&options, KVL_ERR_FOREIGN, "format 2, this build reads 1");
         } else if (format == KVL_LMDB_FORMAT) {
@@ -397,7 +398,7 @@ static void test_another_programs_database_is_left_alone(void **state)
     MDB_val key = {3, (void *)(uintptr_t) "bob"};
     assert_int_equal(mdb_put(r.txn, theirs, &key, &key, 0), 0);
     raw_close(&r);
-    const kvl_lmdb_tier_options options = {place.path, MIB, kvl_store_fingerprint(), false};
+    const kvl_lmdb_tier_options options = {place.path, MIB, kvl_store_fingerprint(), false, NULL};
     expect_no_tier(&options, KVL_ERR_INVALID, "another program");
     r = raw_open(place.path);
     MDB_val value;

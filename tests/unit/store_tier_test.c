@@ -31,7 +31,7 @@ typedef struct fixture {
 
 static kvl_status tier_make(int kind, const char *path, uint64_t bytes_max, kvl_tier **tier)
 {
-    const kvl_lmdb_tier_options options = {path, bytes_max, kvl_store_fingerprint(), false};
+    const kvl_lmdb_tier_options options = {path, bytes_max, kvl_store_fingerprint(), false, NULL};
     kvl_tier *parts[2] = {NULL, NULL};
     *tier = NULL;
     if (kind == MEMORY) return kvl_memory_tier_create(bytes_max, tier, NULL);
@@ -452,7 +452,7 @@ static int bench(void)
             kvl_store_place_make(&place);
             kvl_tier *tier = NULL;
             const kvl_lmdb_tier_options options = {place.path, (uint64_t)4 << 30,
-                                                   kvl_store_fingerprint(), durable == 1};
+                                                   kvl_store_fingerprint(), durable == 1, NULL};
             const kvl_status status = durable
                                           ? kvl_lmdb_tier_create(&options, &tier, NULL)
                                           : tier_make(kind, place.path, (uint64_t)4 << 30, &tier);
