@@ -149,6 +149,7 @@ static kvl_status ask(evaluation *e, const eval_prompt *prompt, Kvloom__V1__Mode
     made.run.max_tokens = ANSWER_TOKENS;
     made.run.quality = by->quality;
     made.run.select = (char *)(uintptr_t)by->select;
+    made.run.gate = by->is_gated && mode == KVLOOM__V1__MODE__MODE_REUSE;
     made.run.align = true; /* all texts are read, but for those that were edited since */
     made.run.evaluate = mode == KVLOOM__V1__MODE__MODE_REUSE;
     set_home(e, &made.run);
@@ -194,8 +195,12 @@ static eval_record record_of(const eval_prompt *prompt, const Kvloom__V1__RunRep
     for (size_t p = 0; p < reply->n_parts; p++) record.placed += reply->parts[p]->blended;
     record.recomputed = record.placed > 0.0 ? reply->recomputed / record.placed : 0.0;
     record.corrected = reply->corrected;
-    /* A verified answer is held back until it is checked. */
-    record.ttft_ms = reply->verify_ms > 0.0 ? reply->total_ms + reply->verify_ms : reply->ttft_ms;
+    record.healed_first = reply->gated && reply->healed_first ? 1.0 : 0.0;
+    record.passed = reply->gated && !reply->healed_first ? 1.0 : 0.0;
+    record.passed_right = record.passed * record.exact;
+    /* A verified or gated answer is held back until it is checked. */
+    const double held_ms = reply->verify_ms + reply->gate_ms;
+    record.ttft_ms = held_ms > 0.0 ? reply->total_ms + held_ms : reply->ttft_ms;
     record.work = (reply->select_ms + reply->compute_ms) / full->compute_ms;
     return record;
 }

@@ -108,6 +108,7 @@ typedef struct eval_policy {
     const char *name, *select; /* select: reuse/select.h */
     Kvloom__V1__Quality quality;
     bool is_quick; /* part of --quick */
+    bool is_gated; /* answers that the gate does not trust are verified (reuse/gate.h) */
 } eval_policy;
 
 /* Ended by one without name. */
@@ -118,6 +119,8 @@ typedef struct eval_record {
     uint32_t scenario, policy; /* policy: EVAL_POLICIES_MAX for full prefill */
     uint32_t prompt;           /* unique among all scenarios */
     double kl, top1, exact, right, placed, recomputed, corrected, ttft_ms, full_ttft_ms;
+    double passed, healed_first; /* the gate: let it pass, or not; 0 where it was not asked */
+    double passed_right;         /* passed, and what full prefill says */
     double work; /* of full prefill's time computing, what scoring and computing took */
 } eval_record;
 

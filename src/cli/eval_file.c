@@ -24,6 +24,9 @@ static const member members[] = {
     {"corrected", offsetof(eval_record, corrected)},
     {"ttft_ms", offsetof(eval_record, ttft_ms)},
     {"full_ttft_ms", offsetof(eval_record, full_ttft_ms)},
+    {"passed", offsetof(eval_record, passed)},
+    {"healed_first", offsetof(eval_record, healed_first)},
+    {"passed_right", offsetof(eval_record, passed_right)},
     {"work", offsetof(eval_record, work)},
 };
 enum { N_MEMBERS = sizeof members / sizeof *members };

@@ -42,11 +42,24 @@ static const figure figures[] = {
     {"kl_cacheblend15_open", CACHEBLEND, NULL, OPEN, offsetof(eval_record, kl)},
     {"kl_balanced_agents", BALANCED, NULL, AGENTS, offsetof(eval_record, kl)},
     {"top1_balanced_agents", BALANCED, NULL, AGENTS, offsetof(eval_record, top1)},
+    {"gate_share", "gate", NULL, CHUNKS, offsetof(eval_record, healed_first)},
     {"corrected_verified", "verified", NULL, ALL, offsetof(eval_record, corrected)},
     {"recomputed_balanced", BALANCED, NULL, CHUNKS, offsetof(eval_record, recomputed)},
     {"recomputed_fast", "sink8", NULL, CHUNKS, offsetof(eval_record, recomputed)},
     {"work_balanced", BALANCED, NULL, CHUNKS, offsetof(eval_record, work)},
 };
+
+/* Of the answers that the gate let pass, those that are full prefill's; false: it let none pass. */
+static bool gate_precision(const eval_records *records, double *precision)
+{
+    const eval_estimate passed =
+        eval_estimate_of(records, "gate", NULL, CHUNKS, UINT32_MAX, offsetof(eval_record, passed));
+    const eval_estimate right = eval_estimate_of(records, "gate", NULL, CHUNKS, UINT32_MAX,
+                                                 offsetof(eval_record, passed_right));
+    if (!(passed.mean > 0.0)) return false;
+    *precision = right.mean / passed.mean;
+    return true;
+}
 
 static json_t *figures_of(const eval_records *records, json_t *intervals)
 {
@@ -62,6 +75,10 @@ static json_t *figures_of(const eval_records *records, json_t *intervals)
                 intervals, f->name,
                 json_pack("{s:f, s:f, s:i}", "low", e.low, "high", e.high, "n", (int)e.n));
     }
+    double precision = 0.0;
+    const bool has_precision = gate_precision(records, &precision);
+    (void)json_object_set_new(object, "gate_precision",
+                              has_precision ? json_real(precision) : json_null());
     return object;
 }
 
@@ -167,4 +184,7 @@ void eval_print_table(const eval_records *records)
         if (e.n > 0)
             (void)printf("%-32s %8.4f  [%.4f, %.4f]  n %u\n", f->name, e.mean, e.low, e.high, e.n);
     }
+    double precision = 0.0;
+    if (gate_precision(records, &precision))
+        (void)printf("%-32s %8.4f\n", "gate_precision", precision);
 }

@@ -9,22 +9,24 @@
 enum { RESAMPLES = 1000, PERCENT_OUTSIDE = 5, SEED = 20260101 };
 
 const eval_policy eval_policies[] = {
-    {"none", "none", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true},
-    {"sink8", "sink8", KVLOOM__V1__QUALITY__QUALITY_FAST, true},
-    {"sink16", "sink16", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false},
-    {"query5", "query5", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false},
-    {"query10", "query10", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false},
-    {"query15", "query15", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false},
-    {"query30", "query30", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false},
-    {"sink8+query5", "sink8+query5", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false},
-    {"sink8+query10", "sink8+query10", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true},
-    {"sink8+query25", "sink8+query25", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false},
-    {"deviation5", "deviation5", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false},
-    {"deviation15", "deviation15", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true},
-    {"deviation30", "deviation30", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false},
-    {"kvshare15", "kvshare15", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false},
-    /* The last: what it leaves in the prefix tree is exact and would be shared by the others. */
-    {"verified", "sink8+query10", KVLOOM__V1__QUALITY__QUALITY_VERIFIED, true},
+    {"none", "none", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
+    {"sink8", "sink8", KVLOOM__V1__QUALITY__QUALITY_FAST, true, false},
+    {"sink16", "sink16", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
+    {"query5", "query5", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
+    {"query10", "query10", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
+    {"query15", "query15", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
+    {"query30", "query30", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
+    {"sink8+query5", "sink8+query5", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
+    {"sink8+query10", "sink8+query10", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
+    {"sink8+query25", "sink8+query25", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
+    {"deviation5", "deviation5", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
+    {"deviation15", "deviation15", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
+    {"deviation30", "deviation30", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
+    {"kvshare15", "kvshare15", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
+    /* The last two: what they leave in the prefix tree is exact and would be shared by the others.
+     */
+    {"gate", "sink8+query10", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, true},
+    {"verified", "sink8+query10", KVLOOM__V1__QUALITY__QUALITY_VERIFIED, true, false},
     {0},
 };
 
