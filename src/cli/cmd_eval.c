@@ -243,21 +243,24 @@ static kvl_status run_policy(evaluation *e, uint32_t s, uint32_t policy, const e
     return keep(e, s, policy, record, error);
 }
 
-/* An edited text is read behind its first answer: every policy gets an edit of its own. */
+/* An edited text is read behind its first answer, so every policy gets an edit of its own; and what
+ * was verified is shared behind it, so the gate gets a prompt of its own. */
 static kvl_status compare(evaluation *e, uint32_t s, uint32_t index, eval_prompt *prompt,
                           kvl_error *error)
 {
-    const bool is_edited = eval_scenarios[s].kind == EVAL_EDITED;
+    const eval_kind kind = eval_scenarios[s].kind;
     Kvloom__V1__RunReply *full = NULL;
     kvl_status status = KVL_OK;
     for (uint32_t p = 0; eval_policies[p].name != NULL && status == KVL_OK; p++) {
         if (e->wanted->is_quick && !eval_policies[p].is_quick) continue;
+        if (kind == EVAL_AGENTS && eval_policies[p].is_gated) continue;
         const bool is_first = full == NULL;
-        if (is_edited) {
+        const bool is_own = kind == EVAL_EDITED || eval_policies[p].is_gated;
+        if (is_own) {
             eval_prompt_deinit(prompt);
             status = make_prompt(e, s, index, p + 1, prompt, error);
         }
-        if (status == KVL_OK && (is_first || is_edited)) {
+        if (status == KVL_OK && (is_first || is_own)) {
             if (full != NULL) kvloom__v1__run_reply__free_unpacked(full, NULL);
             full = NULL;
             status = run_full(e, s, prompt, is_first, &full, error);

@@ -69,7 +69,7 @@ KVL_MUST_USE bool eval_prompt_add(eval_prompt *prompt, bool is_slot, char *text)
 
 /* Prompt `index` of a scenario of chunks: the same for the same seed. Chunks come from pools of
  * EVAL_POOL that some prompts share, so that they are hot, as retrieved chunks are.
- * version  EDITED: each has another number, and the first token of the prompt is another one
+ * version  each begins with other tokens, and in EDITED has another number
  * Errors   KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status eval_prompt_make(const eval_corpus *corpus, const eval_scenario *scenario,
                                          uint64_t seed, uint32_t index, uint32_t version,

@@ -23,10 +23,10 @@ const eval_policy eval_policies[] = {
     {"deviation15", "deviation15", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
     {"deviation30", "deviation30", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
     {"kvshare15", "kvshare15", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
-    /* The last two: what they leave in the prefix tree is exact and would be shared by the others.
-     */
-    {"gate", "sink8+query10", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, true},
+    /* What these leave in the prefix tree is exact, and others would share it: verified comes last
+     * but one, and the gate has prompts of its own. */
     {"verified", "sink8+query10", KVLOOM__V1__QUALITY__QUALITY_VERIFIED, true, false},
+    {"gate", "sink8+query10", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, true},
     {0},
 };
 
