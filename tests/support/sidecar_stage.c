@@ -98,6 +98,20 @@ kvloom_client *sidecar_stage_connect(const sidecar_stage *stage, int tenant, con
     return client;
 }
 
+kvloom_client *sidecar_stage_open(sidecar_stage *stage, uint64_t disk_bytes_max)
+{
+    sidecar_stage_prepare(stage, "s");
+    if (disk_bytes_max > 0) sidecar_stage_with_disk(stage, disk_bytes_max);
+    sidecar_stage_start(stage);
+    return sidecar_stage_connect(stage, 0, NULL);
+}
+
+void sidecar_stage_close(sidecar_stage *stage, kvloom_client *client)
+{
+    kvloom_close(client);
+    sidecar_stage_end(stage);
+}
+
 kvloom_key sidecar_stage_key(uint32_t number, size_t n_tokens)
 {
     static uint32_t tokens[KEYS][TOKENS_MAX];

@@ -33,6 +33,11 @@ kvloom_digest sidecar_stage_fingerprint(void);
 kvloom_shape sidecar_stage_shape(void);
 kvloom_client *sidecar_stage_connect(const sidecar_stage *stage, int tenant, const char *salt);
 
+/* Prepares and starts a stage, with a disk where disk_bytes_max > 0, and connects the first tenant;
+ * and the end of both. */
+kvloom_client *sidecar_stage_open(sidecar_stage *stage, uint64_t disk_bytes_max);
+void sidecar_stage_close(sidecar_stage *stage, kvloom_client *client);
+
 /* Key of segment `number` with n_tokens tokens; tokens are static, valid until the next call with
  * the same number modulo 8. */
 kvloom_key sidecar_stage_key(uint32_t number, size_t n_tokens);

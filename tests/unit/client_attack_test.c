@@ -321,9 +321,7 @@ static void s8_a_client_that_never_reads_is_dropped(void **state)
 {
     (void)state;
     sidecar_stage stage;
-    sidecar_stage_prepare(&stage, "s");
-    sidecar_stage_start(&stage);
-    kvloom_client *client = sidecar_stage_connect(&stage, 0, NULL);
+    kvloom_client *client = sidecar_stage_open(&stage, 0);
     for (uint32_t i = 0; i < 200; i++)
         assert_int_equal(sidecar_stage_put(client, i, 1, 0, NULL), KVLOOM_OK);
     kvl_local_link deaf = dial(&stage);
@@ -346,8 +344,7 @@ static void s8_a_client_that_never_reads_is_dropped(void **state)
     }
     assert_int_equal(stats.clients, 1);
     kvl_local_link_deinit(&deaf);
-    kvloom_close(client);
-    sidecar_stage_end(&stage);
+    sidecar_stage_close(&stage, client);
 }
 
 /* S18: however one tenant writes, another one's segments stay where they are. */
@@ -414,10 +411,7 @@ static void s22_restarts_cost_misses_and_nothing_else(void **state)
 {
     (void)state;
     sidecar_stage stage;
-    sidecar_stage_prepare(&stage, "s");
-    sidecar_stage_with_disk(&stage, 64 << 20);
-    sidecar_stage_start(&stage);
-    kvloom_client *client = sidecar_stage_connect(&stage, 0, NULL);
+    kvloom_client *client = sidecar_stage_open(&stage, 64 << 20);
     for (uint32_t round = 0; round < 10; round++) {
         assert_int_equal(sidecar_stage_put(client, round, TOKENS, 0, NULL), KVLOOM_OK);
         sidecar_stage_stop(&stage);
@@ -430,8 +424,7 @@ static void s22_restarts_cost_misses_and_nothing_else(void **state)
             kvloom_segment_release(segment);
         }
     }
-    kvloom_close(client);
-    sidecar_stage_end(&stage);
+    sidecar_stage_close(&stage, client);
 }
 
 int main(void)

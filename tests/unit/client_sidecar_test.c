@@ -20,9 +20,7 @@ static void what_is_put_can_be_got_from_memory(void **state)
 {
     (void)state;
     sidecar_stage stage;
-    sidecar_stage_prepare(&stage, "s");
-    sidecar_stage_start(&stage);
-    kvloom_client *client = sidecar_stage_connect(&stage, 0, NULL);
+    kvloom_client *client = sidecar_stage_open(&stage, 0);
     kvloom_error error;
     const size_t sizes[] = {1, TOKENS_SMALL, 700, TOKENS_LARGE};
     for (uint32_t i = 0; i < 4; i++) {
@@ -47,17 +45,14 @@ static void what_is_put_can_be_got_from_memory(void **state)
     assert_int_equal(stats.hits_memory, 4);
     assert_int_equal(stats.n_containers, 4);
     assert_int_equal(stats.leases, 0);
-    kvloom_close(client);
-    sidecar_stage_end(&stage);
+    sidecar_stage_close(&stage, client);
 }
 
 static void a_put_of_what_is_there_changes_nothing(void **state)
 {
     (void)state;
     sidecar_stage stage;
-    sidecar_stage_prepare(&stage, "s");
-    sidecar_stage_start(&stage);
-    kvloom_client *client = sidecar_stage_connect(&stage, 0, NULL);
+    kvloom_client *client = sidecar_stage_open(&stage, 0);
     kvloom_error error;
     assert_int_equal(sidecar_stage_put(client, 1, TOKENS_SMALL, 0, &error), KVLOOM_OK);
     const kvloom_key key = sidecar_stage_key(1, TOKENS_SMALL);
@@ -70,17 +65,14 @@ static void a_put_of_what_is_there_changes_nothing(void **state)
     assert_int_equal(kvloom_get(client, &key, 0, &segment, &error), KVLOOM_OK);
     assert_true(sidecar_stage_is(segment, 1, TOKENS_SMALL));
     kvloom_segment_release(segment);
-    kvloom_close(client);
-    sidecar_stage_end(&stage);
+    sidecar_stage_close(&stage, client);
 }
 
 static void a_copying_get_gives_the_same_bytes(void **state)
 {
     (void)state;
     sidecar_stage stage;
-    sidecar_stage_prepare(&stage, "s");
-    sidecar_stage_start(&stage);
-    kvloom_client *client = sidecar_stage_connect(&stage, 0, NULL);
+    kvloom_client *client = sidecar_stage_open(&stage, 0);
     kvloom_error error;
     const kvloom_shape shape = sidecar_stage_shape();
     const size_t sizes[] = {TOKENS_SMALL, TOKENS_LARGE};
@@ -103,18 +95,14 @@ static void a_copying_get_gives_the_same_bytes(void **state)
         }
         kvl_free(buffer);
     }
-    kvloom_close(client);
-    sidecar_stage_end(&stage);
+    sidecar_stage_close(&stage, client);
 }
 
 static void what_is_not_there_is_a_miss_at_once(void **state)
 {
     (void)state;
     sidecar_stage stage;
-    sidecar_stage_prepare(&stage, "s");
-    sidecar_stage_with_disk(&stage, 64 << 20);
-    sidecar_stage_start(&stage);
-    kvloom_client *client = sidecar_stage_connect(&stage, 0, NULL);
+    kvloom_client *client = sidecar_stage_open(&stage, 64 << 20);
     kvloom_error error;
     const kvloom_key key = sidecar_stage_key(1, TOKENS_SMALL);
     kvloom_segment *segment = NULL;
@@ -125,18 +113,14 @@ static void what_is_not_there_is_a_miss_at_once(void **state)
     assert_int_equal(kvloom_remove(client, &key, &error), KVLOOM_ERR_NOT_FOUND);
     uint64_t lease = 0;
     assert_int_equal(kvloom_pin(client, &key, 100, 0, &lease, &error), KVLOOM_ERR_NOT_FOUND);
-    kvloom_close(client);
-    sidecar_stage_end(&stage);
+    sidecar_stage_close(&stage, client);
 }
 
 static void the_disk_gives_back_what_memory_has_lost(void **state)
 {
     (void)state;
     sidecar_stage stage;
-    sidecar_stage_prepare(&stage, "s");
-    sidecar_stage_with_disk(&stage, 64 << 20);
-    sidecar_stage_start(&stage);
-    kvloom_client *client = sidecar_stage_connect(&stage, 0, NULL);
+    kvloom_client *client = sidecar_stage_open(&stage, 64 << 20);
     kvloom_error error;
     assert_int_equal(sidecar_stage_put(client, 1, TOKENS_LARGE, 0, &error), KVLOOM_OK);
     assert_int_equal(sidecar_stage_put(client, 2, TOKENS_LARGE, KVLOOM_WRITE_BACK, &error),
@@ -162,18 +146,14 @@ static void the_disk_gives_back_what_memory_has_lost(void **state)
     }
     assert_int_equal(kvloom_locate(client, keys, 3, places, &error), KVLOOM_OK);
     assert_int_equal(places[0], KVLOOM_IN_MEMORY);
-    kvloom_close(client);
-    sidecar_stage_end(&stage);
+    sidecar_stage_close(&stage, client);
 }
 
 static void prefetch_brings_into_memory(void **state)
 {
     (void)state;
     sidecar_stage stage;
-    sidecar_stage_prepare(&stage, "s");
-    sidecar_stage_with_disk(&stage, 64 << 20);
-    sidecar_stage_start(&stage);
-    kvloom_client *client = sidecar_stage_connect(&stage, 0, NULL);
+    kvloom_client *client = sidecar_stage_open(&stage, 64 << 20);
     kvloom_error error;
     assert_int_equal(sidecar_stage_put(client, 1, TOKENS_LARGE, 0, &error), KVLOOM_OK);
     sidecar_stage_stop(&stage);
@@ -189,8 +169,7 @@ static void prefetch_brings_into_memory(void **state)
     kvloom_segment *segment = NULL;
     assert_int_equal(kvloom_get(client, &key, 0, &segment, &error), KVLOOM_OK);
     kvloom_segment_release(segment);
-    kvloom_close(client);
-    sidecar_stage_end(&stage);
+    sidecar_stage_close(&stage, client);
 }
 
 static void a_segment_outlives_lease_eviction_and_sidecar(void **state)
@@ -270,17 +249,14 @@ static void what_is_leased_or_pinned_is_not_evicted_and_counts(void **state)
     assert_int_equal(stats.leases, 2);
     kvloom_segment_release(segment);
     kvloom_segment_release(third);
-    kvloom_close(client);
-    sidecar_stage_end(&stage);
+    sidecar_stage_close(&stage, client);
 }
 
 static void leases_of_a_client_that_is_gone_end(void **state)
 {
     (void)state;
     sidecar_stage stage;
-    sidecar_stage_prepare(&stage, "s");
-    sidecar_stage_start(&stage);
-    kvloom_client *client = sidecar_stage_connect(&stage, 0, NULL);
+    kvloom_client *client = sidecar_stage_open(&stage, 0);
     kvloom_client *other = sidecar_stage_connect(&stage, 0, NULL);
     kvloom_error error;
     uint64_t lease = 0;
@@ -309,9 +285,7 @@ static void homes_name_different_segments(void **state)
 {
     (void)state;
     sidecar_stage stage;
-    sidecar_stage_prepare(&stage, "s");
-    sidecar_stage_start(&stage);
-    kvloom_client *client = sidecar_stage_connect(&stage, 0, NULL);
+    kvloom_client *client = sidecar_stage_open(&stage, 0);
     kvloom_error error;
     assert_int_equal(sidecar_stage_put(client, 1, TOKENS_SMALL, 0, &error), KVLOOM_OK);
     const uint32_t home[] = {1, 2, 3};
@@ -320,8 +294,7 @@ static void homes_name_different_segments(void **state)
     key.n_home = 3;
     kvloom_segment *segment = NULL;
     assert_int_equal(kvloom_get(client, &key, 0, &segment, &error), KVLOOM_ERR_NOT_FOUND);
-    kvloom_close(client);
-    sidecar_stage_end(&stage);
+    sidecar_stage_close(&stage, client);
 }
 
 static void a_peer_gives_layers_one_after_another(void **state)
@@ -393,9 +366,7 @@ static void a_transfer_that_is_not_wanted_leaves_no_lease(void **state)
 {
     (void)state;
     sidecar_stage stage;
-    sidecar_stage_prepare(&stage, "s");
-    sidecar_stage_start(&stage);
-    kvloom_client *client = sidecar_stage_connect(&stage, 0, NULL);
+    kvloom_client *client = sidecar_stage_open(&stage, 0);
     kvloom_error error;
     const kvloom_key key = sidecar_stage_key(1, TOKENS_LARGE);
     assert_int_equal(sidecar_stage_put(client, 1, TOKENS_LARGE, 0, &error), KVLOOM_OK);
@@ -423,10 +394,7 @@ static void listing_and_removing_by_id(void **state)
 {
     (void)state;
     sidecar_stage stage;
-    sidecar_stage_prepare(&stage, "s");
-    sidecar_stage_with_disk(&stage, 64 << 20);
-    sidecar_stage_start(&stage);
-    kvloom_client *client = sidecar_stage_connect(&stage, 0, NULL);
+    kvloom_client *client = sidecar_stage_open(&stage, 64 << 20);
     kvloom_error error;
     enum { N = 25 };
     for (uint32_t i = 0; i < N; i++) {
@@ -452,8 +420,7 @@ static void listing_and_removing_by_id(void **state)
     kvloom_segment_release(segment);
     assert_int_equal(kvloom_remove_id(client, &last, &error), KVLOOM_OK);
     assert_int_equal(kvloom_get_id(client, &last, 1000, &segment, &error), KVLOOM_ERR_NOT_FOUND);
-    kvloom_close(client);
-    sidecar_stage_end(&stage);
+    sidecar_stage_close(&stage, client);
 }
 
 static void another_model_or_salt_is_refused_in_words(void **state)
