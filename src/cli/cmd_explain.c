@@ -9,7 +9,6 @@
 #include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 enum {
     MESSAGES_MAX = 31,
@@ -48,14 +47,7 @@ static error_t parse(int key, char *text, struct argp_state *state)
 {
     arguments *wanted = state->input;
     switch (key) {
-    case 'H': {
-        char *separator = strchr(text, '=');
-        if (separator == NULL) argp_error(state, "--host is '%s'; it must be NAME=ENDPOINT", text);
-        if (separator == NULL) return EINVAL;
-        *separator = '\0';
-        wanted->host = (kvl_exchange_peer){.name = text, .endpoint = separator + 1};
-        return 0;
-    }
+    case 'H': wanted->host = kvl_cli_peer(text, "--host", state); return 0;
     case 'M': wanted->messages = text; return 0;
     case OPTION_WORKFLOW: wanted->workflow = text; return 0;
     case OPTION_BUDGET: wanted->error_budget = budget_of(text, state); return 0;
@@ -112,9 +104,6 @@ static kvl_status build_prompt(const json_t *list, prompt *made, kvl_error *erro
 static kvl_status ask(const arguments *wanted, const prompt *made, Kvloom__V1__RunReply **reply,
                       kvl_error *error)
 {
-    const kvl_clock *clock = kvl_clock_system();
-    const kvl_exchange_options about = {
-        .name = "explain", .peers = &wanted->host, .n_peers = 1, .clock = clock};
     Kvloom__V1__RunTask run = KVLOOM__V1__RUN_TASK__INIT;
     run.workflow = (char *)(uintptr_t)wanted->workflow;
     run.template_name = (char *)(uintptr_t) "messages";
@@ -123,13 +112,7 @@ static kvl_status ask(const arguments *wanted, const prompt *made, Kvloom__V1__R
     run.n_parts = made->n;
     run.parts = (Kvloom__V1__PromptPart **)(uintptr_t)made->pointers;
     kvl_exchange *exchange = NULL;
-    KVL_TRY(kvl_exchange_start(&about, &exchange, error));
-    const int64_t start = kvl_clock_now(clock);
-    while (!kvl_exchange_peer_is_up(exchange, wanted->host.name) &&
-           kvl_clock_now(clock) < start + CONNECT_TIMEOUT_S * KVL_NS_PER_S) {
-        const struct timespec pause = {0, 5 * KVL_NS_PER_MS};
-        (void)nanosleep(&pause, NULL);
-    }
+    KVL_TRY(kvl_cli_dial_host("explain", &wanted->host, CONNECT_TIMEOUT_S, &exchange, error));
     const kvl_status status =
         kvl_cli_call_run(exchange, wanted->host.name, &run, CALL_TIMEOUT_S, reply, error);
     kvl_exchange_stop(exchange);

@@ -4,6 +4,7 @@
 #include "base/file.h"
 #include "base/log.h"
 #include "cli/cli.h"
+#include "cli/task.h"
 #include "host/host.h"
 #include "http/http.h"
 
@@ -75,14 +76,11 @@ static const struct argp_option options[] = {
 
 static void add_peer(arguments *wanted, char *text, const struct argp_state *state)
 {
-    char *separator = strchr(text, '=');
-    if (separator == NULL || separator == text || separator[1] == '\0')
-        argp_error(state, "--peer is '%s'; it must be NAME=ENDPOINT", text);
-    if (wanted->host.n_peers == KVL_PEERS_MAX) argp_error(state, "at most %u peers", KVL_PEERS_MAX);
-    if (separator == NULL) return;
-    *separator = '\0';
-    wanted->peers[wanted->host.n_peers++] =
-        (kvl_exchange_peer){.name = text, .endpoint = separator + 1};
+    if (wanted->host.n_peers == KVL_PEERS_MAX) {
+        argp_error(state, "at most %u peers", KVL_PEERS_MAX);
+        return;
+    }
+    wanted->peers[wanted->host.n_peers++] = kvl_cli_peer(text, "--peer", state);
 }
 
 /* Whether anything was asked for that only a host with peers and a store has. */

@@ -6,7 +6,6 @@
 #include <argp.h>
 #include <jansson.h>
 #include <string.h>
-#include <time.h>
 
 enum { CONNECT_TIMEOUT_S = 5, CALL_TIMEOUT_S = 60, OPTION_JSON = 256 };
 
@@ -25,14 +24,7 @@ static error_t parse(int key, char *text, struct argp_state *state)
 {
     arguments *wanted = state->input;
     switch (key) {
-    case 'H': {
-        char *separator = strchr(text, '=');
-        if (separator == NULL) argp_error(state, "--host is '%s'; it must be NAME=ENDPOINT", text);
-        if (separator == NULL) return EINVAL;
-        *separator = '\0';
-        wanted->host = (kvl_exchange_peer){.name = text, .endpoint = separator + 1};
-        return 0;
-    }
+    case 'H': wanted->host = kvl_cli_peer(text, "--host", state); return 0;
     case OPTION_JSON: wanted->json = true; return 0;
     case ARGP_KEY_END:
         if (wanted->host.name == NULL) argp_error(state, "--host is needed");
@@ -43,20 +35,11 @@ static error_t parse(int key, char *text, struct argp_state *state)
 
 static kvl_status ask(const arguments *wanted, Kvloom__V1__HostReply **reply, kvl_error *error)
 {
-    const kvl_clock *clock = kvl_clock_system();
-    const kvl_exchange_options about = {
-        .name = "status", .peers = &wanted->host, .n_peers = 1, .clock = clock};
     Kvloom__V1__HostTask task = KVLOOM__V1__HOST_TASK__INIT;
     task.what_case = KVLOOM__V1__HOST_TASK__WHAT_STATUS;
     task.status = true;
     kvl_exchange *exchange = NULL;
-    KVL_TRY(kvl_exchange_start(&about, &exchange, error));
-    const int64_t start = kvl_clock_now(clock);
-    while (!kvl_exchange_peer_is_up(exchange, wanted->host.name) &&
-           kvl_clock_now(clock) < start + CONNECT_TIMEOUT_S * KVL_NS_PER_S) {
-        const struct timespec pause = {0, 5 * KVL_NS_PER_MS};
-        (void)nanosleep(&pause, NULL);
-    }
+    KVL_TRY(kvl_cli_dial_host("status", &wanted->host, CONNECT_TIMEOUT_S, &exchange, error));
     kvl_status status =
         kvl_cli_call(exchange, wanted->host.name, &task, CALL_TIMEOUT_S, reply, error);
     kvl_exchange_stop(exchange);

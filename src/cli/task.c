@@ -6,6 +6,7 @@
 #include "base/random.h"
 #include "host/host.h"
 
+#include <argp.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,6 +14,32 @@
 #include <unistd.h>
 
 enum { LOCAL_TIMEOUT_S = 600, UP_TIMEOUT_S = 30 };
+
+kvl_exchange_peer kvl_cli_peer(char *text, const char *option, const struct argp_state *state)
+{
+    char *separator = strchr(text, '=');
+    if (separator == NULL || separator == text || separator[1] == '\0') {
+        argp_error(state, "%s is '%s'; it must be NAME=ENDPOINT", option, text);
+        return (kvl_exchange_peer){0}; /* argp_error returns where errors do not end the program */
+    }
+    *separator = '\0';
+    return (kvl_exchange_peer){.name = text, .endpoint = separator + 1};
+}
+
+kvl_status kvl_cli_dial_host(const char *own_name, const kvl_exchange_peer *host, int64_t wait_s,
+                             kvl_exchange **exchange, kvl_error *error)
+{
+    const kvl_clock *clock = kvl_clock_system();
+    const kvl_exchange_options options = {
+        .name = own_name, .peers = host, .n_peers = 1, .clock = clock};
+    KVL_TRY(kvl_exchange_start(&options, exchange, error));
+    const int64_t deadline = kvl_clock_now(clock) + wait_s * KVL_NS_PER_S;
+    while (!kvl_exchange_peer_is_up(*exchange, host->name) && kvl_clock_now(clock) < deadline) {
+        const struct timespec pause = {0, 5 * KVL_NS_PER_MS};
+        (void)nanosleep(&pause, NULL);
+    }
+    return KVL_OK;
+}
 
 kvl_status kvl_cli_call(kvl_exchange *exchange, const char *host, const Kvloom__V1__HostTask *task,
                         int64_t timeout_s, Kvloom__V1__HostReply **reply, kvl_error *error)
@@ -105,20 +132,10 @@ static kvl_status open_host(kvl_local_host *local, const kvl_local_host_options 
 
 static kvl_status open_client(kvl_local_host *local, kvl_error *error)
 {
-    const kvl_clock *clock = kvl_clock_system();
     const kvl_exchange_peer peer = {.name = LOCAL_NAME, .endpoint = local->endpoint};
-    const kvl_exchange_options options = {
-        .name = "client", .peers = &peer, .n_peers = 1, .clock = clock};
-    KVL_TRY(kvl_exchange_start(&options, &local->client, error));
-    const int64_t deadline = kvl_clock_now(clock) + UP_TIMEOUT_S * KVL_NS_PER_S;
-    while (!kvl_exchange_peer_is_up(local->client, LOCAL_NAME)) {
-        if (kvl_clock_now(clock) > deadline)
-            return KVL_FAIL(error, KVL_ERR_TIMEOUT, "the host does not answer after %d s",
-                            UP_TIMEOUT_S);
-        const struct timespec pause = {0, 5 * KVL_NS_PER_MS};
-        (void)nanosleep(&pause, NULL);
-    }
-    return KVL_OK;
+    KVL_TRY(kvl_cli_dial_host("client", &peer, UP_TIMEOUT_S, &local->client, error));
+    if (kvl_exchange_peer_is_up(local->client, LOCAL_NAME)) return KVL_OK;
+    return KVL_FAIL(error, KVL_ERR_TIMEOUT, "the host does not answer after %d s", UP_TIMEOUT_S);
 }
 
 kvl_status kvl_local_host_start(const kvl_cli_engine *engine, kvl_local_host **host,

@@ -7,6 +7,18 @@
 #include "exchange/exchange.h"
 #include "host.pb-c.h"
 
+/* Cuts NAME=ENDPOINT, which stays with the caller, at its sign. Ends in argp_error where that is
+ * not what the text is. */
+kvl_exchange_peer kvl_cli_peer(char *text, const char *option, const struct argp_state *state);
+
+/* A client of one host, which is waited for. One that does not come is no error here: a call then
+ * says why.
+ * Owns     *exchange: ended with kvl_exchange_stop
+ * Errors   those of kvl_exchange_start */
+KVL_MUST_USE kvl_status kvl_cli_dial_host(const char *own_name, const kvl_exchange_peer *host,
+                                          int64_t wait_s, kvl_exchange **exchange,
+                                          kvl_error *error);
+
 /* Sends a task and unpacks the reply.
  * Owns     *reply: ended with kvloom__v1__host_reply__free_unpacked; NULL after an error
  * Errors   those of kvl_exchange_call; KVL_ERR_MALFORMED, KVL_ERR_NO_MEMORY */
