@@ -40,6 +40,7 @@ typedef struct kvl_api_request {
     kvl_prompt prompt;
     const char **stops; /* borrowed from body */
     json_t *body;
+    const json_t *tools; /* functions that the model may call; borrowed from body; NULL: none */
     int64_t created_s, start_ns;
     const char *model_name; /* borrowed from the server */
 } kvl_api_request;
@@ -54,8 +55,9 @@ void kvl_api_request_deinit(kvl_api_request *request);
 
 /* What an answer has come to so far. */
 typedef struct kvl_api_choice {
-    char *text; /* [n_text], grown; only where the answer is not streamed */
+    char *text; /* [n_text], grown; of a stream only where calls of tools may be in it */
     size_t n_text, text_max;
+    size_t n_shown;   /* of a stream with tools: what has gone out */
     json_t *logprobs; /* array of entries so far, or NULL */
     kvl_finish finish;
     uint32_t n_tokens;
@@ -77,11 +79,12 @@ KVL_MUST_USE bool kvl_api_answer_add(kvl_api_answer *answer, const kvl_api_reque
 json_t *kvl_api_whole(const kvl_api_request *request, const kvl_api_answer *answer);
 /* Chunks of a stream, the caller's; kvl_api_answer_add comes first.
  * opening   the role of a chat's answer, for one choice
- * piece     an event's text, or its finish; NULL where there is nothing to say
+ * piece     an event's text, or its finish; NULL where there is nothing to say. With tools, text
+ *           that may be a call is held back until it is known to be one, or none
  * usage     the last, without choices */
 json_t *kvl_api_opening(const kvl_api_request *request, uint32_t choice);
-json_t *kvl_api_piece(const kvl_api_request *request, const kvl_tokenizer *tokenizer,
-                      const kvl_generation_event *event);
+json_t *kvl_api_piece(const kvl_api_request *request, kvl_api_answer *answer,
+                      const kvl_tokenizer *tokenizer, const kvl_generation_event *event);
 json_t *kvl_api_usage(const kvl_api_request *request, const kvl_api_answer *answer);
 
 #endif /* KVL_HTTP_API_H */

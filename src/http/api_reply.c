@@ -1,6 +1,7 @@
 /* http/api_reply.c: events to choices, choices to JSON. */
 #include "base/alloc.h"
 #include "http/api.h"
+#include "http/tools.h"
 #include "model/model.h"
 
 #include <string.h>
@@ -127,9 +128,10 @@ bool kvl_api_answer_add(kvl_api_answer *answer, const kvl_api_request *request,
     choice->n_tokens = event->n_tokens;
     if (event->finish != KVL_FINISH_NONE) choice->finish = event->finish;
     answer->n_cached = event->n_cached;
-    if (request->is_stream && request->kind != KVL_API_RESPONSE) return true;
+    if (request->is_stream && request->kind != KVL_API_RESPONSE && request->tools == NULL)
+        return true;
     if (!add_text(choice, event->text, event->n_text_bytes)) return false;
-    if (!has_entry(request, event)) return true;
+    if (!has_entry(request, event) || (request->is_stream && request->tools != NULL)) return true;
     if (choice->logprobs == NULL) choice->logprobs = json_array();
     return json_array_append_new(choice->logprobs, entry_of(request, tokenizer, event)) == 0;
 }
@@ -165,22 +167,37 @@ static json_t *envelope(const kvl_api_request *request, const char *object, json
                      choices);
 }
 
+/* A chat's message, and why it ended. A call that is whole takes the place of its text. */
+static json_t *message_of(const kvl_api_request *request, const kvl_api_choice *choice,
+                          const char **finish)
+{
+    size_t n_content = choice->n_text;
+    json_t *calls = kvl_tools_calls(request, choice->text, choice->n_text, &n_content);
+    json_t *content = calls != NULL && n_content == 0
+                          ? json_null()
+                          : json_stringn(choice->text == NULL ? "" : choice->text, n_content);
+    json_t *message =
+        json_pack("{s:s, s:o?, s:n}", "role", "assistant", "content", content, "refusal");
+    *finish = calls == NULL ? finish_names[choice->finish] : "tool_calls";
+    if (calls != NULL) (void)json_object_set_new(message, "tool_calls", calls);
+    return message;
+}
+
 json_t *kvl_api_whole(const kvl_api_request *request, const kvl_api_answer *answer)
 {
     json_t *choices = json_array();
     for (uint32_t i = 0; i < request->generation.n_branches; i++) {
         const kvl_api_choice *choice = &answer->choices[i];
-        json_t *text = json_stringn(choice->text == NULL ? "" : choice->text, choice->n_text);
+        const char *finish = finish_names[choice->finish];
+        json_t *message = request->is_chat ? message_of(request, choice, &finish) : NULL;
         json_t *made = json_pack("{s:i, s:o, s:s?}", "index", (int)i, "logprobs",
-                                 logprobs_json(request, choice->logprobs), "finish_reason",
-                                 finish_names[choice->finish]);
-        if (request->is_chat) {
+                                 logprobs_json(request, choice->logprobs), "finish_reason", finish);
+        if (message != NULL)
+            (void)json_object_set_new(made, "message", message);
+        else
             (void)json_object_set_new(
-                made, "message",
-                json_pack("{s:s, s:o?, s:n}", "role", "assistant", "content", text, "refusal"));
-        } else {
-            (void)json_object_set_new(made, "text", text);
-        }
+                made, "text",
+                json_stringn(choice->text == NULL ? "" : choice->text, choice->n_text));
         (void)json_array_append_new(choices, made);
     }
     json_t *whole =
@@ -208,32 +225,55 @@ json_t *kvl_api_opening(const kvl_api_request *request, uint32_t choice)
                            "assistant", "content", "", "logprobs", "finish_reason"));
 }
 
-json_t *kvl_api_piece(const kvl_api_request *request, const kvl_tokenizer *tokenizer,
-                      const kvl_generation_event *event)
+/* What a chunk says beside its text. */
+typedef struct piece {
+    const char *text;
+    size_t n_text;
+    json_t *calls; /* or NULL */
+    const char *finish;
+} piece;
+
+/* With tools the text goes out as far as no call can be in it; at its end it is known. */
+static piece take_piece(const kvl_api_request *request, kvl_api_choice *choice,
+                        const kvl_generation_event *event)
+{
+    piece p = {event->text, event->n_text_bytes, NULL, finish_names[event->finish]};
+    if (request->tools == NULL) return p;
+    const bool is_end = event->finish != KVL_FINISH_NONE;
+    size_t n_shown = kvl_tools_shown(choice->text, choice->n_text);
+    if (is_end) p.calls = kvl_tools_calls(request, choice->text, choice->n_text, &n_shown);
+    if (p.calls != NULL) p.finish = "tool_calls";
+    if (n_shown < choice->n_shown) n_shown = choice->n_shown;
+    p.text = choice->n_text == 0 ? "" : choice->text + choice->n_shown;
+    p.n_text = n_shown - choice->n_shown;
+    choice->n_shown = n_shown;
+    for (size_t i = 0; i < json_array_size(p.calls); i++)
+        (void)json_object_set_new(json_array_get(p.calls, i), "index", json_integer((json_int_t)i));
+    return p;
+}
+
+json_t *kvl_api_piece(const kvl_api_request *request, kvl_api_answer *answer,
+                      const kvl_tokenizer *tokenizer, const kvl_generation_event *event)
 {
     const bool with_entry = has_entry(request, event);
-    if (event->n_text_bytes == 0 && event->finish == KVL_FINISH_NONE && !with_entry) return NULL;
+    const piece p = take_piece(request, &answer->choices[event->branch], event);
+    if (p.n_text == 0 && event->finish == KVL_FINISH_NONE && !with_entry) return NULL;
     json_t *entries = NULL;
     if (with_entry) {
         entries = json_array();
         (void)json_array_append_new(entries, entry_of(request, tokenizer, event));
     }
-    json_t *choice =
-        json_pack("{s:i, s:o, s:s?}", "index", (int)event->branch, "logprobs",
-                  logprobs_json(request, entries), "finish_reason", finish_names[event->finish]);
+    json_t *choice = json_pack("{s:i, s:o, s:s?}", "index", (int)event->branch, "logprobs",
+                               logprobs_json(request, entries), "finish_reason", p.finish);
     json_decref(entries);
-    json_t *text = json_stringn(event->text, event->n_text_bytes);
     if (!request->is_chat) {
-        (void)json_object_set_new(choice, "text", text);
-    } else {
-        json_t *delta = json_object();
-        if (event->n_text_bytes > 0) {
-            (void)json_object_set_new(delta, "content", text);
-        } else {
-            json_decref(text);
-        }
-        (void)json_object_set_new(choice, "delta", delta);
+        (void)json_object_set_new(choice, "text", json_stringn(p.text, p.n_text));
+        return chunk(request, choice);
     }
+    json_t *delta = json_object();
+    if (p.n_text > 0) (void)json_object_set_new(delta, "content", json_stringn(p.text, p.n_text));
+    if (p.calls != NULL) (void)json_object_set_new(delta, "tool_calls", p.calls);
+    (void)json_object_set_new(choice, "delta", delta);
     return chunk(request, choice);
 }
 

@@ -5,6 +5,7 @@
 #include "base/random.h"
 #include "http/api.h"
 #include "http/responses.h"
+#include "http/tools.h"
 #include "model/model.h"
 
 #include <inttypes.h>
@@ -113,9 +114,15 @@ static bool is_empty(const json_t *value)
 
 static bool refuse_unsupported(const kvl_api_request *request, kvl_api_error *error)
 {
-    static const char *const names[] = {"tools", "functions",         "logit_bias",
-                                        "audio", "prediction",        "suffix",
-                                        "echo",  "web_search_options"};
+    static const char *const names[] = {
+        "functions", "logit_bias", "audio", "prediction", "suffix", "echo", "web_search_options"};
+    /* Calls are a chat's: completions have no messages, responses other words for them. */
+    if (request->kind != KVL_API_CHAT && find(request, "tools") != NULL &&
+        !is_empty(find(request, "tools"))) {
+        (void)kvl_api_refuse(error, "tools", "tools are for /v1/chat/completions on this server");
+        error->code = "unsupported_parameter";
+        return false;
+    }
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         const json_t *value = find(request, names[i]);
         if (value == NULL || is_empty(value)) continue;
@@ -326,6 +333,7 @@ static bool render(const kvl_engine *engine, kvl_api_request *request, kvl_messa
 
 static bool take_messages(const kvl_engine *engine, kvl_api_request *request, kvl_api_error *error)
 {
+    if (request->kind == KVL_API_CHAT && !kvl_tools_translate(engine, request, error)) return false;
     const json_t *given = find(request, "messages");
     const size_t n = json_array_size(given);
     if (!json_is_array(given) || n == 0 || n > MESSAGES_MAX)

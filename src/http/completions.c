@@ -202,7 +202,8 @@ static bool add_item(exchange *e, const kvl_stream_item *item)
     const kvl_generation_event event = event_of(item);
     if (is_response(e) && !add_events(e, kvl_responses_piece(&e->request, &event, &e->n_events)))
         return false;
-    if (!is_response(e) && !add_event(e, kvl_api_piece(&e->request, tokenizer_of(e), &event)))
+    if (!is_response(e) &&
+        !add_event(e, kvl_api_piece(&e->request, &e->answer, tokenizer_of(e), &event)))
         return false;
     return !item->is_last || add_end(e);
 }

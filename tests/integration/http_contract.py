@@ -113,7 +113,8 @@ def check_errors_name_the_field(server):
             ("seed", {"seed": "x"}), ("cache_salt", {"cache_salt": "a/b"}),
             ("cache_salt", {"cache_salt": ""}), ("cache_salt", {"cache_salt": "a" * 129}),
             ("cache_salt", {"cache_salt": "a\u0000b"}), ("stream_options", {"stream_options": {}}),
-            ("tools", {"tools": [{"type": "function"}]}), ("logit_bias", {"logit_bias": {"5": 1}}),
+            ("tools[0]", {"tools": [{"type": "function"}]}), ("tool_choice", {"tool_choice": "required"}),
+            ("messages", {"messages": [{"role": "tool", "content": "x"}]}), ("logit_bias", {"logit_bias": {"5": 1}}),
             ("response_format", {"response_format": {"type": "json_object"}}),
             ("presence_penalty", {"presence_penalty": -3})):
         status, answer = server.post(CHAT, {**good, **change})

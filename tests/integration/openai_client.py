@@ -86,6 +86,33 @@ def check_responses(client):
     assert numbers == list(range(len(numbers)))
 
 
+def check_tools(client):
+    """Functions are told of, called in a history and answered; whether this small model calls one
+    itself is its own affair, but what it says is one thing or the other, streamed as whole."""
+    tools = [{"type": "function", "function": {
+        "name": "get_weather", "description": "The weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
+    messages = [{"role": "user", "content": "What is the weather in Oslo?"},
+                {"role": "assistant", "content": None, "tool_calls": [
+                    {"id": "call_1", "type": "function",
+                     "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}]},
+                {"role": "tool", "tool_call_id": "call_1", "content": "12 degrees, rain"}]
+    for asked in (messages[:1], messages):
+        fields = {"model": MODEL, "messages": asked, "tools": tools, "temperature": 0,
+                  "max_tokens": 40}
+        whole = client.chat.completions.create(**fields).choices[0]
+        assert (whole.finish_reason == "tool_calls") == bool(whole.message.tool_calls)
+        assert whole.message.content or whole.message.tool_calls
+        text, n_calls, finish = "", 0, None
+        for chunk in client.chat.completions.create(**fields, stream=True):
+            delta = chunk.choices[0].delta
+            text += delta.content or ""
+            n_calls += len(delta.tool_calls or [])
+            finish = chunk.choices[0].finish_reason or finish
+        assert text == (whole.message.content or "") and finish == whole.finish_reason
+        assert n_calls == len(whole.message.tool_calls or [])
+
+
 def check_models(client):
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL
@@ -95,8 +122,7 @@ def check_errors(client):
     import openai
     asked = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
     for kind, change in ((openai.BadRequestError, {"temperature": 5}),
-                         (openai.BadRequestError, {"tools": [{"type": "function", "function":
-                                                              {"name": "f"}}]}),
+                         (openai.BadRequestError, {"tool_choice": "required"}),
                          (openai.NotFoundError, {"model": "another"})):
         try:
             client.chat.completions.create(**{**asked, **change})
@@ -127,7 +153,7 @@ def main():
         with Server(contract.program(), "127.0.0.1:0", "--api-keys", keys) as server:
             client = openai.OpenAI(base_url=server.address + "/v1", api_key=KEY, max_retries=0)
             for check in (check_conversation, check_streaming, check_completions, check_responses,
-                          check_models, check_errors):
+                          check_tools, check_models, check_errors):
                 checks.run(check, client)
             client.close()
     return checks.status()
