@@ -53,6 +53,10 @@ KVL_MUST_USE bool kvl_api_request_parse(const kvl_engine *engine, const char *mo
                                         kvl_api_request *request, kvl_api_error *error);
 void kvl_api_request_deinit(kvl_api_request *request);
 
+/* A message's content: a text, or parts of type text, which are put together; ended with kvl_free.
+ * NULL where a part is something else, or without memory. */
+char *kvl_api_content(const json_t *content, size_t *n_bytes);
+
 /* What an answer has come to so far. */
 typedef struct kvl_api_choice {
     char *text; /* [n_text], grown; of a stream only where calls of tools may be in it */

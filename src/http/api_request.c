@@ -263,8 +263,7 @@ static bool take_stream(kvl_api_request *request, kvl_api_error *error)
 
 /* ---- the prompt ---- */
 
-/* A message's content: a text, or parts of type text, which are put together. */
-static char *content_of(const json_t *content, size_t *n_bytes)
+char *kvl_api_content(const json_t *content, size_t *n_bytes)
 {
     *n_bytes = 0;
     if (json_is_string(content)) *n_bytes = json_string_length(content);
@@ -305,7 +304,7 @@ static bool take_message(const json_t *given, size_t index, kvl_message *message
     if (!json_is_string(content) && !json_is_array(content))
         return kvl_api_refuse(error, param, "the content of %s must be a text or an array of parts",
                               param);
-    char *bytes = content_of(content, &message->content_bytes);
+    char *bytes = kvl_api_content(content, &message->content_bytes);
     if (bytes == NULL)
         return kvl_api_refuse(error, param,
                               "each part of the content of %s must be {\"type\": \"text\", "

@@ -121,35 +121,25 @@ static void write_json(writing *t, const json_t *value)
     (void)json_dump_callback(value, write_bytes, t->file, JSON_ENCODE_ANY);
 }
 
-/* A text, or parts of type text; `may_miss`: or nothing at all. */
-static bool check_content(const json_t *message, size_t index, bool may_miss, kvl_api_error *error)
+/* Writes a message's content. `may_miss`: or nothing, where there is none. */
+static bool write_content(writing *t, const json_t *message, size_t index, bool may_miss,
+                          kvl_api_error *error)
 {
     const json_t *content = json_object_get(message, "content");
-    bool is_right = json_is_string(content) || json_is_array(content) ||
-                    (may_miss && (content == NULL || json_is_null(content)));
-    for (size_t i = 0; i < json_array_size(content) && is_right; i++) {
-        const json_t *part = json_array_get(content, i);
-        const char *type = json_string_value(json_object_get(part, "type"));
-        is_right = type != NULL && strcmp(type, "text") == 0 &&
-                   json_is_string(json_object_get(part, "text"));
+    if (may_miss && (content == NULL || json_is_null(content))) return true;
+    size_t n_bytes = 0;
+    char *bytes = json_is_string(content) || json_is_array(content)
+                      ? kvl_api_content(content, &n_bytes)
+                      : NULL;
+    if (bytes != NULL) {
+        (void)fwrite(bytes, 1, n_bytes, t->file);
+        kvl_free(bytes);
+        return true;
     }
-    if (is_right) return true;
     char param[64];
     (void)snprintf(param, sizeof param, "messages[%zu]", index);
     return kvl_api_refuse(error, param, "the content of %s must be a text or parts of type text",
                           param);
-}
-
-/* A content's texts, one behind another. */
-static void write_content(writing *t, const json_t *content)
-{
-    if (json_is_string(content))
-        (void)fwrite(json_string_value(content), 1, json_string_length(content), t->file);
-    for (size_t i = 0; i < json_array_size(content); i++) {
-        const json_t *part = json_object_get(json_array_get(content, i), "text");
-        (void)fwrite(json_is_string(part) ? json_string_value(part) : "", 1,
-                     json_string_length(part), t->file);
-    }
 }
 
 static void write_signatures(writing *t, const json_t *tools)
@@ -186,12 +176,13 @@ static bool add_system(json_t *messages, const json_t *given, const json_t *tool
                        kvl_api_error *error)
 {
     writing t;
-    if (given != NULL && !check_content(given, 0, false, error)) return false;
     if (!begin(&t)) return no_memory(error);
-    if (given == NULL)
+    if (given == NULL) {
         (void)fputs(DEFAULT_SYSTEM, t.file);
-    else
-        write_content(&t, json_object_get(given, "content"));
+    } else if (!write_content(&t, given, 0, false, error)) {
+        json_decref(finish(&t));
+        return false;
+    }
     write_signatures(&t, tools);
     return add_message(messages, "system", &t) || no_memory(error);
 }
@@ -215,12 +206,13 @@ static bool write_call(writing *t, const json_t *call, bool is_first)
 static bool add_calls(json_t *messages, const json_t *given, size_t index, kvl_api_error *error)
 {
     const json_t *calls = json_object_get(given, "tool_calls");
-    const json_t *content = json_object_get(given, "content");
     writing t;
     bool is_right = json_is_array(calls);
-    if (!check_content(given, index, true, error)) return false;
     if (!begin(&t)) return no_memory(error);
-    write_content(&t, content);
+    if (!write_content(&t, given, index, true, error)) {
+        json_decref(finish(&t));
+        return false;
+    }
     (void)fflush(t.file);
     for (size_t i = 0; i < json_array_size(calls) && is_right; i++)
         is_right = write_call(&t, json_array_get(calls, i), i == 0 && t.n_bytes == 0);
@@ -243,8 +235,6 @@ static bool add_responses(json_t *messages, const json_t *given, size_t *index,
                           kvl_api_error *error)
 {
     writing t;
-    for (size_t i = *index; has_role(json_array_get(given, i), "tool"); i++)
-        if (!check_content(json_array_get(given, i), i, false, error)) return false;
     if (!begin(&t)) return no_memory(error);
     const size_t first = *index;
     bool is_right = true;
@@ -252,7 +242,10 @@ static bool add_responses(json_t *messages, const json_t *given, size_t *index,
         const json_t *message = json_array_get(given, *index);
         is_right &= json_is_string(json_object_get(message, "tool_call_id"));
         (void)fprintf(t.file, "%s<tool_response>\n", *index == first ? "" : "\n");
-        write_content(&t, json_object_get(message, "content"));
+        if (!write_content(&t, message, *index, false, error)) {
+            json_decref(finish(&t));
+            return false;
+        }
         (void)fputs("\n</tool_response>", t.file);
     }
     if (is_right) return add_message(messages, "user", &t) || no_memory(error);
