@@ -15,12 +15,11 @@
 #include "base/alloc.h"
 #include "host/engine.h"
 #include "test_random.h"
-#include "tiny_gguf.h"
+#include "tiny_engine.h"
 
 enum { N_MAX = 140, ROUNDS = 12 };
 
 typedef struct fixture {
-    char path[64];
     kvl_engine *engine;
     kvl_random random;
     uint32_t ids[N_MAX];
@@ -29,17 +28,11 @@ typedef struct fixture {
 
 static void open_engine(fixture *f, const char *architecture)
 {
-    *f = (fixture){.path = "/tmp/kvloom-blend-XXXXXX", .random = kvl_test_random()};
+    *f = (fixture){.random = kvl_test_random()};
     kvl_tiny_gguf_options tiny = kvl_tiny_gguf_defaults(architecture);
     tiny.n_layers = 2 + kvl_test_below(&f->random, 3);
     tiny.is_mixed = true;
-    const int fd = mkstemp(f->path);
-    assert_true(fd >= 0);
-    (void)close(fd);
-    kvl_tiny_gguf_save(&tiny, f->path);
-    const kvl_engine_options options = {.model_path = f->path, .n_threads = 2, .n_pages = 64};
-    kvl_error error = {0};
-    if (kvl_engine_create(&options, &f->engine, &error) != KVL_OK) fail_msg("%s", error.text);
+    f->engine = tiny_engine_open(&tiny, 2, 64);
 }
 
 static int setup_llama(void **state)
@@ -63,7 +56,6 @@ static int teardown(void **state)
     fixture *f = *state;
     assert_int_equal(kvl_page_pool_n_free(f->engine->pool), 64);
     kvl_engine_destroy(f->engine);
-    (void)unlink(f->path);
     return 0;
 }
 

@@ -15,12 +15,11 @@
 #include "host/decode.h"
 #include "host/host_parts.h"
 #include "test_random.h"
-#include "tiny_gguf.h"
+#include "tiny_engine.h"
 
 enum { N_LAYERS = 3, N_CONTEXT = 256, ANSWER_MAX = 90 };
 
 typedef struct fixture {
-    char path[64];
     kvl_engine *engine;
     kvl_random random;
 } fixture;
@@ -28,17 +27,11 @@ typedef struct fixture {
 static int setup(void **state)
 {
     static fixture f;
-    f = (fixture){.path = "/tmp/kvloom-heal-XXXXXX", .random = kvl_test_random()};
-    const int fd = mkstemp(f.path);
-    assert_true(fd >= 0);
-    (void)close(fd);
+    f = (fixture){.random = kvl_test_random()};
     kvl_tiny_gguf_options tiny = kvl_tiny_gguf_defaults("llama");
     tiny.n_layers = N_LAYERS;
     tiny.n_context = N_CONTEXT;
-    kvl_tiny_gguf_save(&tiny, f.path);
-    const kvl_engine_options options = {.model_path = f.path, .n_threads = 1, .n_pages = 64};
-    kvl_error error = {0};
-    if (kvl_engine_create(&options, &f.engine, &error) != KVL_OK) fail_msg("%s", error.text);
+    f.engine = tiny_engine_open(&tiny, 1, 64);
     *state = &f;
     return 0;
 }
@@ -47,7 +40,6 @@ static int teardown(void **state)
 {
     fixture *f = *state;
     kvl_engine_destroy(f->engine);
-    (void)unlink(f->path);
     return 0;
 }
 

@@ -16,7 +16,7 @@
 #include "host/decode.h"
 #include "host/scheduler.h"
 #include "test_random.h"
-#include "tiny_gguf.h"
+#include "tiny_engine.h"
 
 /* Two hundred mixes show that tokens do not depend on them. The thread sanitizer, ten times slower,
  * looks for races, and some mixes have them all. */
@@ -38,7 +38,6 @@ enum {
 };
 
 typedef struct fixture {
-    char path[64];
     kvl_engine *engine;
     float *logits;
 } fixture;
@@ -49,14 +48,7 @@ static int setup(void **state)
     kvl_tiny_gguf_options options = kvl_tiny_gguf_defaults("llama");
     options.is_mixed = true;
     options.n_context = CONTEXT;
-    (void)snprintf(f.path, sizeof f.path, "/tmp/kvloom-scheduler-XXXXXX");
-    const int fd = mkstemp(f.path);
-    assert_true(fd >= 0);
-    (void)close(fd);
-    kvl_tiny_gguf_save(&options, f.path);
-    const kvl_engine_options wanted = {.model_path = f.path, .n_threads = 1, .n_pages = N_PAGES};
-    kvl_error error = {0};
-    if (kvl_engine_create(&wanted, &f.engine, &error) != KVL_OK) fail_msg("%s", error.text);
+    f.engine = tiny_engine_open(&options, 1, N_PAGES);
     f.logits = kvl_alloc(KVL_TINY_VOCABULARY * sizeof(float));
     assert_non_null(f.logits);
     *state = &f;
@@ -76,7 +68,6 @@ static int teardown(void **state)
     assert_pages_back(f);
     kvl_free(f->logits);
     kvl_engine_destroy(f->engine);
-    (void)unlink(f->path);
     return 0;
 }
 

@@ -15,7 +15,7 @@
 #include "base/queue.h"
 #include "host/service.h"
 #include "test_random.h"
-#include "tiny_gguf.h"
+#include "tiny_engine.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -23,7 +23,6 @@
 enum { N_PAGES = 40, CLIENTS = 6, ROUNDS = 12, ANSWER = 12, PROMPT = 40, PATIENCE_MS = 60000 };
 
 typedef struct fixture {
-    char path[64];
     kvl_engine *engine;
     kvl_service *service;
     pthread_t thread;
@@ -39,15 +38,9 @@ static int setup(void **state)
 {
     static fixture f;
     const kvl_tiny_gguf_options options = kvl_tiny_gguf_defaults("llama");
-    (void)snprintf(f.path, sizeof f.path, "/tmp/kvloom-service-XXXXXX");
-    const int fd = mkstemp(f.path);
-    assert_true(fd >= 0);
-    (void)close(fd);
-    kvl_tiny_gguf_save(&options, f.path);
-    const kvl_engine_options wanted = {.model_path = f.path, .n_threads = 1, .n_pages = N_PAGES};
+    f.engine = tiny_engine_open(&options, 1, N_PAGES);
     const kvl_scheduler_options scheduler = {.n_running_max = 4, .n_waiting_max = 64};
     kvl_error error = {0};
-    if (kvl_engine_create(&wanted, &f.engine, &error) != KVL_OK) fail_msg("%s", error.text);
     if (kvl_service_create(f.engine, &scheduler, &f.service, &error) != KVL_OK)
         fail_msg("%s", error.text);
     assert_int_equal(pthread_create(&f.thread, NULL, run_service, f.service), 0);
@@ -68,7 +61,6 @@ static int teardown(void **state)
     assert_int_equal(
         kvl_page_pool_n_free(f->engine->pool) + kvl_prefix_tree_n_pages(f->engine->tree), N_PAGES);
     kvl_engine_destroy(f->engine);
-    (void)unlink(f->path);
     return 0;
 }
 
@@ -220,15 +212,9 @@ static void test_attached_work_is_done_when_woken(void **state)
     (void)state;
     fixture f;
     const kvl_tiny_gguf_options options = kvl_tiny_gguf_defaults("llama");
-    (void)snprintf(f.path, sizeof f.path, "/tmp/kvloom-service-XXXXXX");
-    const int fd = mkstemp(f.path);
-    assert_true(fd >= 0);
-    (void)close(fd);
-    kvl_tiny_gguf_save(&options, f.path);
-    const kvl_engine_options wanted = {.model_path = f.path, .n_threads = 1, .n_pages = N_PAGES};
+    f.engine = tiny_engine_open(&options, 1, N_PAGES);
     const kvl_scheduler_options scheduler = {0};
     kvl_error error = {0};
-    assert_int_equal(kvl_engine_create(&wanted, &f.engine, &error), KVL_OK);
     assert_int_equal(kvl_service_create(f.engine, &scheduler, &f.service, &error), KVL_OK);
     kvl_service_attach(f.service, count_call, NULL);
     kvl_service_wake(f.service);
@@ -239,7 +225,6 @@ static void test_attached_work_is_done_when_woken(void **state)
     (void)pthread_join(f.thread, NULL);
     kvl_service_destroy(f.service);
     kvl_engine_destroy(f.engine);
-    (void)unlink(f.path);
 }
 
 static void test_a_queue_gives_what_it_has_without_waiting(void **state)

@@ -15,7 +15,7 @@
 #include "host/decode.h"
 #include "host/engine.h"
 #include "test_random.h"
-#include "tiny_gguf.h"
+#include "tiny_engine.h"
 
 #include <math.h>
 
@@ -23,7 +23,6 @@ enum { PROMPT_MAX = 120, N_PAGES = 64 };
 static const float TOLERANCE = 2e-4F;
 
 typedef struct fixture {
-    char path[64];
     kvl_engine *engine;
 } fixture;
 
@@ -32,14 +31,7 @@ static void open_engine(fixture *f, const char *architecture)
     kvl_tiny_gguf_options options = kvl_tiny_gguf_defaults(architecture);
     options.n_layers = 3;
     options.is_mixed = true;
-    (void)snprintf(f->path, sizeof f->path, "/tmp/kvloom-session-XXXXXX");
-    const int fd = mkstemp(f->path);
-    assert_true(fd >= 0);
-    (void)close(fd);
-    kvl_tiny_gguf_save(&options, f->path);
-    const kvl_engine_options wanted = {.model_path = f->path, .n_threads = 2, .n_pages = N_PAGES};
-    kvl_error error = {0};
-    if (kvl_engine_create(&wanted, &f->engine, &error) != KVL_OK) fail_msg("%s", error.text);
+    f->engine = tiny_engine_open(&options, 2, N_PAGES);
 }
 
 static int setup_llama(void **state)
@@ -64,7 +56,6 @@ static int teardown(void **state)
     assert_int_equal(
         kvl_page_pool_n_free(f->engine->pool) + kvl_prefix_tree_n_pages(f->engine->tree), N_PAGES);
     kvl_engine_destroy(f->engine);
-    (void)unlink(f->path);
     return 0;
 }
 

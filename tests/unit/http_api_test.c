@@ -14,10 +14,9 @@
 #include "http/api.h"
 #include "http/keys.h"
 #include "test_random.h"
-#include "tiny_gguf.h"
+#include "tiny_engine.h"
 
 static kvl_engine *engine;
-static char model_path[64];
 
 static void make_file(char *path, size_t n_max)
 {
@@ -31,11 +30,7 @@ static int open_engine(void **state)
 {
     (void)state;
     const kvl_tiny_gguf_options options = kvl_tiny_gguf_defaults("llama");
-    make_file(model_path, sizeof model_path);
-    kvl_tiny_gguf_save(&options, model_path);
-    const kvl_engine_options wanted = {.model_path = model_path, .n_threads = 1};
-    kvl_error error = {0};
-    if (kvl_engine_create(&wanted, &engine, &error) != KVL_OK) fail_msg("%s", error.text);
+    engine = tiny_engine_open(&options, 1, 0);
     return 0;
 }
 
@@ -43,7 +38,6 @@ static int close_engine(void **state)
 {
     (void)state;
     kvl_engine_destroy(engine);
-    (void)unlink(model_path);
     return 0;
 }
 

@@ -15,7 +15,7 @@
 #include "http/tools.h"
 #include "model/model.h"
 #include "test_random.h"
-#include "tiny_gguf.h"
+#include "tiny_engine.h"
 
 #define TOOLS                                                                                      \
     "\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"get_weather\",\"description\":"    \
@@ -27,20 +27,12 @@
     "<tool_call>{\"name\":\"add\",\"arguments\":{\"a\":1,\"b\":[2,\"</x>\"]}}</tool_call>"
 
 static kvl_engine *engine;
-static char model_path[64];
 
 static int open_engine(void **state)
 {
     (void)state;
     const kvl_tiny_gguf_options options = kvl_tiny_gguf_defaults("llama");
-    (void)snprintf(model_path, sizeof model_path, "/tmp/kvloom-tools-XXXXXX");
-    const int fd = mkstemp(model_path);
-    if (fd < 0) return -1;
-    (void)close(fd);
-    kvl_tiny_gguf_save(&options, model_path);
-    const kvl_engine_options wanted = {.model_path = model_path, .n_threads = 1};
-    kvl_error error = {0};
-    if (kvl_engine_create(&wanted, &engine, &error) != KVL_OK) fail_msg("%s", error.text);
+    engine = tiny_engine_open(&options, 1, 0);
     assert_memory_equal(kvl_chat_template_name(kvl_model_chat_template(engine->model)), "chatml",
                         6);
     return 0;
@@ -50,7 +42,6 @@ static int close_engine(void **state)
 {
     (void)state;
     kvl_engine_destroy(engine);
-    (void)unlink(model_path);
     return 0;
 }
 
