@@ -151,6 +151,9 @@ typedef struct eval_estimate {
  * NULL: nothing is. Policies by name; "full" is full prefill. */
 eval_estimate eval_estimate_of(const eval_records *records, const char *policy, const char *minus,
                                unsigned kinds, uint32_t scenario, size_t offset);
+/* The mean alone, and of how many prompts. */
+double eval_mean_of(const eval_records *records, const char *policy, unsigned kinds,
+                    uint32_t scenario, size_t offset, uint32_t *n);
 
 /* cli/eval_output.c */
 typedef struct eval_about {

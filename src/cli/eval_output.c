@@ -52,12 +52,13 @@ static const figure figures[] = {
 /* Of the answers that the gate let pass, those that are full prefill's; false: it let none pass. */
 static bool gate_precision(const eval_records *records, double *precision)
 {
-    const eval_estimate passed =
-        eval_estimate_of(records, "gate", NULL, CHUNKS, UINT32_MAX, offsetof(eval_record, passed));
-    const eval_estimate right = eval_estimate_of(records, "gate", NULL, CHUNKS, UINT32_MAX,
-                                                 offsetof(eval_record, passed_right));
-    if (!(passed.mean > 0.0)) return false;
-    *precision = right.mean / passed.mean;
+    uint32_t n = 0;
+    const double passed =
+        eval_mean_of(records, "gate", CHUNKS, UINT32_MAX, offsetof(eval_record, passed), &n);
+    const double right =
+        eval_mean_of(records, "gate", CHUNKS, UINT32_MAX, offsetof(eval_record, passed_right), &n);
+    if (!(passed > 0.0)) return false;
+    *precision = right / passed;
     return true;
 }
 
@@ -100,11 +101,12 @@ static const column columns[] = {
 /* The ratio of mean times, full prefill's over the policy's. */
 static double ttft_ratio(const eval_records *records, const char *policy, uint32_t scenario)
 {
-    const eval_estimate full =
-        eval_estimate_of(records, policy, NULL, ALL, scenario, offsetof(eval_record, full_ttft_ms));
-    const eval_estimate ours =
-        eval_estimate_of(records, policy, NULL, ALL, scenario, offsetof(eval_record, ttft_ms));
-    return ours.mean > 0.0 ? full.mean / ours.mean : 0.0;
+    uint32_t n = 0;
+    const double full =
+        eval_mean_of(records, policy, ALL, scenario, offsetof(eval_record, full_ttft_ms), &n);
+    const double ours =
+        eval_mean_of(records, policy, ALL, scenario, offsetof(eval_record, ttft_ms), &n);
+    return ours > 0.0 ? full / ours : 0.0;
 }
 
 static json_t *row_of(const eval_records *records, uint32_t scenario, const char *policy)
@@ -155,12 +157,8 @@ static void print_row(const eval_records *records, uint32_t scenario, const char
 {
     double value[sizeof columns / sizeof *columns];
     uint32_t n = 0;
-    for (size_t c = 0; c < sizeof columns / sizeof *columns; c++) {
-        const eval_estimate e =
-            eval_estimate_of(records, policy, NULL, ALL, scenario, columns[c].offset);
-        value[c] = e.mean;
-        n = e.n;
-    }
+    for (size_t c = 0; c < sizeof columns / sizeof *columns; c++)
+        value[c] = eval_mean_of(records, policy, ALL, scenario, columns[c].offset, &n);
     if (n == 0) return;
     (void)printf("%-10s %-14s %5u %7.4f %7.3f %7.3f %7.3f %6.3f %6.3f %7.1f ms %5.1fx\n",
                  eval_scenarios[scenario].name, policy, n, value[0], value[1], value[2], value[3],

@@ -126,18 +126,36 @@ static void resample(const double *values, size_t n, eval_estimate *estimate)
     estimate->high = means[RESAMPLES - 1 - RESAMPLES * PERCENT_OUTSIDE / 200];
 }
 
+/* The caller's, ended with kvl_free; NULL without memory. */
+static double *gather(const eval_records *records, const char *policy, const char *minus,
+                      unsigned kinds, uint32_t scenario, size_t offset, size_t *n)
+{
+    double *values = kvl_alloc_zero(records->n + 1, sizeof *values);
+    *n = 0;
+    if (values != NULL)
+        *n = collect(records, find_policy(policy), minus == NULL ? UINT32_MAX : find_policy(minus),
+                     kinds, scenario, offset, values);
+    return values;
+}
+
 eval_estimate eval_estimate_of(const eval_records *records, const char *policy, const char *minus,
                                unsigned kinds, uint32_t scenario, size_t offset)
 {
-    eval_estimate estimate = {.n = 0};
-    double *values = kvl_alloc_zero(records->n + 1, sizeof *values);
-    if (values == NULL) return estimate;
-    const size_t n =
-        collect(records, find_policy(policy), minus == NULL ? UINT32_MAX : find_policy(minus),
-                kinds, scenario, offset, values);
-    estimate.n = (uint32_t)n;
-    estimate.mean = mean_of(values, n);
+    size_t n = 0;
+    double *values = gather(records, policy, minus, kinds, scenario, offset, &n);
+    eval_estimate estimate = {.mean = mean_of(values, n), .n = (uint32_t)n};
     if (n > 0) resample(values, n, &estimate);
     kvl_free(values);
     return estimate;
+}
+
+double eval_mean_of(const eval_records *records, const char *policy, unsigned kinds,
+                    uint32_t scenario, size_t offset, uint32_t *n)
+{
+    size_t n_values = 0;
+    double *values = gather(records, policy, NULL, kinds, scenario, offset, &n_values);
+    const double mean = mean_of(values, n_values);
+    *n = (uint32_t)n_values;
+    kvl_free(values);
+    return mean;
 }

@@ -76,8 +76,7 @@ static void test_healed_answers_are_made_right_behind_the_reply(void **state)
     uint32_t n_differed = 0;
     for (int i = 0; i < 12; i++) {
         char question[96];
-        (void)snprintf(question, sizeof question,
-                       "Question %d of many, each of them with another number: %d", i, i * 7919);
+        number_question(question, sizeof question, i);
         read_twice got = read_answer(f, question, KVLOOM__V1__QUALITY__QUALITY_HEALED);
         const Kvloom__V1__RunReply *reply = got.reuse->run;
         assert_true(count_blended(got.reuse) > 0);
@@ -178,8 +177,7 @@ static void test_the_gate_heals_what_it_does_not_trust(void **state)
     uint32_t n_first = 0;
     for (int i = 0; i < 8; i++) {
         char question[96];
-        (void)snprintf(question, sizeof question,
-                       "Question %d of many, each of them with another number: %d", i, i * 7919);
+        number_question(question, sizeof question, i);
         asked what = {.question = question, .select = "none"};
         what.mode = KVLOOM__V1__MODE__MODE_FULL;
         kvloom__v1__host_reply__free_unpacked(run(f, 0, &what), NULL);
@@ -317,8 +315,7 @@ static void test_audits_measure_what_was_sent(void **state)
     double exact = 0.0;
     for (int i = 0; i < N; i++) {
         char question[96];
-        (void)snprintf(question, sizeof question,
-                       "Question %d of many, each of them with another number: %d", i, i * 7919);
+        number_question(question, sizeof question, i);
         read_twice got = read_answer(f, question, KVLOOM__V1__QUALITY__QUALITY_BALANCED);
         const uint32_t at = parting(got.reuse->run, got.full->run);
         const bool same = at == got.reuse->run->n_tokens && at == got.full->run->n_tokens;

@@ -120,6 +120,13 @@ typedef struct asked {
     double error_budget;
 } asked;
 
+/* A question that no other number has. */
+static inline void number_question(char *question, size_t n_bytes, int number)
+{
+    (void)snprintf(question, n_bytes, "Question %d of many, each of them with another number: %d",
+                   number, number * 7919);
+}
+
 static inline kvl_status call(fixture *f, int h, const Kvloom__V1__HostTask *task,
                               Kvloom__V1__HostReply **reply, kvl_error *error)
 {

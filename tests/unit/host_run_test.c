@@ -201,8 +201,7 @@ static void test_verified_answers_are_exact(void **state)
     uint32_t n_corrected = 0;
     for (int i = 0; i < 12; i++) {
         char question[96];
-        (void)snprintf(question, sizeof question,
-                       "Question %d of many, each of them with another number: %d", i, i * 7919);
+        number_question(question, sizeof question, i);
         Kvloom__V1__HostReply *reply =
             blended(f, question, "none", KVLOOM__V1__QUALITY__QUALITY_VERIFIED);
         assert_true(count_blended(reply) > 0);
