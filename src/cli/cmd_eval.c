@@ -195,6 +195,8 @@ static eval_record record_of(const eval_prompt *prompt, const Kvloom__V1__RunRep
     for (size_t p = 0; p < reply->n_parts; p++) record.placed += reply->parts[p]->blended;
     record.recomputed = record.placed > 0.0 ? reply->recomputed / record.placed : 0.0;
     record.corrected = reply->corrected;
+    record.drafted = reply->drafted;
+    record.draft_kept = reply->draft_kept;
     record.healed_first = reply->gated && reply->healed_first ? 1.0 : 0.0;
     record.passed = reply->gated && !reply->healed_first ? 1.0 : 0.0;
     record.passed_right = record.passed * record.exact;

@@ -120,6 +120,7 @@ typedef struct eval_record {
     uint32_t prompt;           /* unique among all scenarios */
     double kl, top1, exact, right, placed, recomputed, corrected, ttft_ms, full_ttft_ms;
     double passed, healed_first; /* the gate: let it pass, or not; 0 where it was not asked */
+    double drafted, draft_kept;  /* tokens of a drafted answer, and those that the answer has */
     double passed_right;         /* passed, and what full prefill says */
     double work; /* of full prefill's time computing, what scoring and computing took */
 } eval_record;

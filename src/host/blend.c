@@ -20,9 +20,8 @@ static size_t list_runs(const run *r, kvl_select_run *runs)
     return n;
 }
 
-/* All of what is blended and what is computed, ascending, into `all`. */
-static uint32_t merge(const uint32_t *computed, uint32_t n_computed, const uint32_t *chosen,
-                      uint32_t n_chosen, uint32_t *all)
+uint32_t run_merge(const uint32_t *computed, uint32_t n_computed, const uint32_t *chosen,
+                   uint32_t n_chosen, uint32_t *all)
 {
     uint32_t n = 0, c = 0, s = 0;
     while (c < n_computed || s < n_chosen) {
@@ -51,27 +50,63 @@ static kvl_status deviate(run *r, const kvl_select_run *runs, size_t n_runs, uin
     for (size_t i = 0; i < n_runs; i++) {
         for (uint32_t t = 0; t < runs[i].n; t++) placed[n_placed++] = runs[i].first + t;
     }
-    const uint32_t n = merge(r->positions, n_computed, placed, n_placed, all);
+    const uint32_t n = run_merge(r->positions, n_computed, placed, n_placed, all);
     const kvl_status status = kvl_session_deviation(r->session, all, n, scores, error);
     kvl_free(all);
     return status;
 }
 
-/* Attention first: the pass of deviations replaces what it would look at. */
+/* Each over its own sum, so that a question of many rows does not drown a draft of few. */
+static void add_scaled(const kvl_select_run *runs, size_t n_runs, const float *more, float *scores)
+{
+    float sum = 0.0F, sum_more = 0.0F;
+    for (size_t i = 0; i < n_runs; i++) {
+        for (uint32_t p = runs[i].first; p < runs[i].first + runs[i].n; p++) {
+            sum += scores[p];
+            sum_more += more[p];
+        }
+    }
+    if (!(sum > 0.0F) || !(sum_more > 0.0F)) return;
+    for (size_t i = 0; i < n_runs; i++) {
+        for (uint32_t p = runs[i].first; p < runs[i].first + runs[i].n; p++)
+            scores[p] = scores[p] / sum + more[p] / sum_more;
+    }
+}
+
+/* Attention first: the pass that comes next replaces what it would look at. */
+static kvl_status score_twice(run *r, const kvl_select_run *runs, size_t n_runs,
+                              uint32_t n_computed, float *scores, kvl_error *error)
+{
+    float *attended = kvl_alloc_zero(r->n_ids, sizeof *attended);
+    if (attended == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to score a prompt");
+    const bool drafts = r->select->score == KVL_SELECT_QUERY_AND_DRAFT;
+    kvl_status status = attend(r, runs, n_runs, n_computed, attended, error);
+    if (status == KVL_OK)
+        status = drafts ? run_draft(r, runs, n_runs, n_computed, scores, error)
+                        : deviate(r, runs, n_runs, n_computed, scores, error);
+    if (status == KVL_OK && drafts) add_scaled(runs, n_runs, attended, scores);
+    for (size_t i = 0; status == KVL_OK && !drafts && i < r->n_ids; i++) scores[i] *= attended[i];
+    kvl_free(attended);
+    return status;
+}
+
 static kvl_status score(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t n_computed,
                         float *scores, kvl_error *error)
 {
-    if (r->select->score == KVL_SELECT_QUERY_ATTENTION)
-        return attend(r, runs, n_runs, n_computed, scores, error);
-    if (r->select->score == KVL_SELECT_DEVIATION)
-        return deviate(r, runs, n_runs, n_computed, scores, error);
-    float *attended = kvl_alloc_zero(r->n_ids, sizeof *attended);
-    if (attended == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to score a prompt");
-    kvl_status status = attend(r, runs, n_runs, n_computed, attended, error);
-    if (status == KVL_OK) status = deviate(r, runs, n_runs, n_computed, scores, error);
-    for (size_t i = 0; status == KVL_OK && i < r->n_ids; i++) scores[i] *= attended[i];
-    kvl_free(attended);
-    return status;
+    switch (r->select->score) {
+    case KVL_SELECT_NO_SCORE: return KVL_OK;
+    case KVL_SELECT_QUERY_ATTENTION: return attend(r, runs, n_runs, n_computed, scores, error);
+    case KVL_SELECT_DRAFT_ATTENTION: return run_draft(r, runs, n_runs, n_computed, scores, error);
+    case KVL_SELECT_DEVIATION: return deviate(r, runs, n_runs, n_computed, scores, error);
+    default: return score_twice(r, runs, n_runs, n_computed, scores, error);
+    }
+}
+
+/* Whether the scores came with a pass of all layers. */
+static bool leaves_final(kvl_select_score score)
+{
+    return score == KVL_SELECT_QUERY_ATTENTION || score == KVL_SELECT_DRAFT_ATTENTION ||
+           score == KVL_SELECT_QUERY_AND_DRAFT;
 }
 
 /* Rows before the first placed one have seen nothing approximate: the pass of the scores has left
@@ -88,11 +123,11 @@ static void drop_final(run *r, uint32_t first_placed, uint32_t *n)
 static kvl_status choose(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t *n,
                          uint32_t *chosen, uint32_t *all, float *scores, kvl_error *error)
 {
-    if (r->select->score != KVL_SELECT_NO_SCORE) KVL_TRY(score(r, runs, n_runs, *n, scores, error));
-    if (r->select->score == KVL_SELECT_QUERY_ATTENTION) drop_final(r, runs[0].first, n);
+    KVL_TRY(score(r, runs, n_runs, *n, scores, error));
+    if (leaves_final(r->select->score)) drop_final(r, runs[0].first, n);
     uint32_t n_chosen = 0;
     KVL_TRY(kvl_select_tokens(r->select, runs, n_runs, scores, chosen, &n_chosen, error));
-    *n = merge(r->positions, *n, chosen, n_chosen, all);
+    *n = run_merge(r->positions, *n, chosen, n_chosen, all);
     memcpy(r->positions, all, *n * sizeof *all);
     r->n_recomputed = n_chosen;
     return KVL_OK;

@@ -7,21 +7,25 @@
 #include <string.h>
 
 const kvl_select_policy kvl_select_policies[] = {
-    {"none", 0, KVL_SELECT_NO_SCORE, 0.0F, 1},
-    {"sink8", 8, KVL_SELECT_NO_SCORE, 0.0F, 1},
-    {"sink16", 16, KVL_SELECT_NO_SCORE, 0.0F, 1},
-    {"query5", 0, KVL_SELECT_QUERY_ATTENTION, 0.05F, 9},
-    {"query10", 0, KVL_SELECT_QUERY_ATTENTION, 0.10F, 9},
-    {"query15", 0, KVL_SELECT_QUERY_ATTENTION, 0.15F, 9},
-    {"query30", 0, KVL_SELECT_QUERY_ATTENTION, 0.30F, 9},
-    {"sink8+query5", 8, KVL_SELECT_QUERY_ATTENTION, 0.05F, 9},
-    {"sink8+query10", 8, KVL_SELECT_QUERY_ATTENTION, 0.10F, 9},
-    {"sink8+query25", 8, KVL_SELECT_QUERY_ATTENTION, 0.25F, 9},
-    {"deviation5", 0, KVL_SELECT_DEVIATION, 0.05F, 1},
-    {"deviation15", 0, KVL_SELECT_DEVIATION, 0.15F, 1},
-    {"deviation30", 0, KVL_SELECT_DEVIATION, 0.30F, 1},
-    {"kvshare15", 0, KVL_SELECT_ATTENDED_DEVIATION, 0.15F, 1},
-    {"all", 0, KVL_SELECT_QUERY_ATTENTION, 1.0F, 1},
+    {"none", 0, KVL_SELECT_NO_SCORE, 0.0F, false, 1},
+    {"sink8", 8, KVL_SELECT_NO_SCORE, 0.0F, false, 1},
+    {"sink16", 16, KVL_SELECT_NO_SCORE, 0.0F, false, 1},
+    {"query5", 0, KVL_SELECT_QUERY_ATTENTION, 0.05F, false, 9},
+    {"query10", 0, KVL_SELECT_QUERY_ATTENTION, 0.10F, false, 9},
+    {"query15", 0, KVL_SELECT_QUERY_ATTENTION, 0.15F, false, 9},
+    {"query30", 0, KVL_SELECT_QUERY_ATTENTION, 0.30F, false, 9},
+    {"sink8+query5", 8, KVL_SELECT_QUERY_ATTENTION, 0.05F, false, 9},
+    {"sink8+query10", 8, KVL_SELECT_QUERY_ATTENTION, 0.10F, false, 9},
+    {"sink8+query25", 8, KVL_SELECT_QUERY_ATTENTION, 0.25F, false, 9},
+    {"sink8+draft15", 8, KVL_SELECT_DRAFT_ATTENTION, 0.15F, true, 5},
+    {"sink8+both15", 8, KVL_SELECT_QUERY_AND_DRAFT, 0.15F, true, 5},
+    {"sink8+both15w9", 8, KVL_SELECT_QUERY_AND_DRAFT, 0.15F, true, 9},
+    {"sink4+draft5", 4, KVL_SELECT_DRAFT_ATTENTION, 0.05F, true, 5},
+    {"deviation5", 0, KVL_SELECT_DEVIATION, 0.05F, false, 1},
+    {"deviation15", 0, KVL_SELECT_DEVIATION, 0.15F, false, 1},
+    {"deviation30", 0, KVL_SELECT_DEVIATION, 0.30F, false, 1},
+    {"kvshare15", 0, KVL_SELECT_ATTENDED_DEVIATION, 0.15F, false, 1},
+    {"all", 0, KVL_SELECT_QUERY_ATTENTION, 1.0F, false, 9},
     {0},
 };
 
@@ -73,6 +77,14 @@ static float pooled(const kvl_select_policy *policy, const kvl_select_run *run, 
     return highest;
 }
 
+/* How many the scores may choose. */
+static size_t places_of(const kvl_select_policy *policy, const candidate *candidates, size_t n)
+{
+    size_t left = (size_t)((double)policy->share * (double)n);
+    for (size_t i = 0; policy->is_total && i < n && left > 0; i++) left -= candidates[i].is_chosen;
+    return left;
+}
+
 static void fill(const kvl_select_policy *policy, const kvl_select_run *runs, size_t n_runs,
                  const float *scores, candidate *candidates)
 {
@@ -105,7 +117,7 @@ kvl_status kvl_select_tokens(const kvl_select_policy *policy, const kvl_select_r
     if (policy->score != KVL_SELECT_NO_SCORE) {
         qsort(candidates, n, sizeof *candidates, compare_scores);
         /* A token that is a head already takes no place from the others. */
-        size_t left = (size_t)((double)policy->share * (double)n);
+        size_t left = places_of(policy, candidates, n);
         for (size_t i = 0; i < n && left > 0; i++) {
             if (candidates[i].is_chosen) continue;
             candidates[i].is_chosen = true;
