@@ -4,6 +4,7 @@
 #include "cli/eval.h"
 
 #include <argp.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum {
@@ -19,6 +20,7 @@ enum {
     OPTION_SEED,
     OPTION_TEXTS,
     OPTION_SCENARIOS,
+    OPTION_POLICIES,
     OPTION_SAVE,
     OPTION_FROM,
     OPTION_HOME
@@ -27,7 +29,7 @@ enum {
 typedef struct arguments {
     kvl_cli_engine engine;
     uint32_t n_prompts, seed;
-    const char *texts, *scenarios, *save, *from, *home;
+    const char *texts, *scenarios, *policies, *save, *from, *home;
     bool json, is_quick;
 } arguments;
 
@@ -36,6 +38,7 @@ static const struct argp_option options[] = {
     {"seed", OPTION_SEED, "N", 0, "Other prompts: tune on some, report others (1)", 0},
     {"texts", OPTION_TEXTS, "DIR", 0, "Directory of *.txt to make prompts from", 0},
     {"scenarios", OPTION_SCENARIOS, "NAME,...", 0, "Only these, as the table names them", 0},
+    {"policies", OPTION_POLICIES, "NAME,...", 0, "Only these, as the table names them", 0},
     {"home", OPTION_HOME, "HOME", 0,
      "What texts are read behind: header, nothing, or primer, which is header and three of the "
      "texts (header)",
@@ -59,19 +62,31 @@ static bool has_name(const char *list, const char *name)
     return false;
 }
 
-static void check_scenarios(const char *list, struct argp_state *state)
+static const char *scenario_name(uint32_t at)
+{
+    return eval_scenarios[at].name;
+}
+
+static const char *policy_name(uint32_t at)
+{
+    return eval_policies[at].name;
+}
+
+/* Every name of a list must be one that name_of gives before it gives NULL. */
+static void check_names(const char *option, const char *list, const char *(*name_of)(uint32_t),
+                        struct argp_state *state)
 {
     char *copy = kvl_strdup(list);
     char *rest = NULL;
-    if (copy == NULL) argp_failure(state, KVL_EXIT_FAILED, 0, "no memory for the scenarios");
+    if (copy == NULL) argp_failure(state, KVL_EXIT_FAILED, 0, "no memory for %s", option);
     for (char *name = strtok_r(copy, ",", &rest); name != NULL; name = strtok_r(NULL, ",", &rest)) {
-        uint32_t s = 0;
-        while (eval_scenarios[s].name != NULL && strcmp(eval_scenarios[s].name, name) != 0) s++;
-        if (eval_scenarios[s].name == NULL)
-            argp_error(state,
-                       "--scenarios has '%s'; there are needle3, needle6, needle12, cut6, "
-                       "edited6, read6, open6 and agents5",
-                       name);
+        uint32_t at = 0;
+        while (name_of(at) != NULL && strcmp(name_of(at), name) != 0) at++;
+        if (name_of(at) != NULL) continue;
+        (void)fprintf(stderr, "kvloom: %s has '%s'; there are", option, name);
+        for (at = 0; name_of(at) != NULL; at++) (void)fprintf(stderr, " %s", name_of(at));
+        (void)fprintf(stderr, "\n");
+        exit(KVL_EXIT_USAGE);
     }
     kvl_free(copy);
 }
@@ -95,8 +110,12 @@ static error_t parse(int key, char *text, struct argp_state *state)
     case OPTION_SAVE: wanted->save = text; return 0;
     case OPTION_FROM: wanted->from = text; return 0;
     case OPTION_SCENARIOS:
-        check_scenarios(text, state);
+        check_names("--scenarios", text, scenario_name, state);
         wanted->scenarios = text;
+        return 0;
+    case OPTION_POLICIES:
+        check_names("--policies", text, policy_name, state);
+        wanted->policies = text;
         return 0;
     case OPTION_QUICK: wanted->is_quick = true; return 0;
     case OPTION_JSON: wanted->json = true; return 0;
@@ -254,7 +273,9 @@ static kvl_status compare(evaluation *e, uint32_t s, uint32_t index, eval_prompt
     Kvloom__V1__RunReply *full = NULL;
     kvl_status status = KVL_OK;
     for (uint32_t p = 0; eval_policies[p].name != NULL && status == KVL_OK; p++) {
-        if (e->wanted->is_quick && !eval_policies[p].is_quick) continue;
+        if (!has_name(e->wanted->policies, eval_policies[p].name)) continue;
+        if (e->wanted->policies == NULL && e->wanted->is_quick && !eval_policies[p].is_quick)
+            continue;
         if (kind == EVAL_AGENTS && eval_policies[p].is_gated) continue;
         const bool is_first = full == NULL;
         const bool is_own = kind == EVAL_EDITED || eval_policies[p].is_gated;

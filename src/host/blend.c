@@ -40,19 +40,54 @@ static kvl_status attend(run *r, const kvl_select_run *runs, size_t n_runs, uint
                                  scores, error);
 }
 
-static kvl_status deviate(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t n_computed,
-                          float *scores, kvl_error *error)
+/* Scores of what was not computed in the last check are below all others. */
+static void mark_rest(const kvl_select_run *runs, size_t n_runs, const uint32_t *went_on,
+                      uint32_t n_went_on, float *scores)
 {
-    uint32_t *all = kvl_alloc_zero(2 * r->n_ids, sizeof *all);
-    if (all == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to score a prompt");
-    uint32_t *placed = all + r->n_ids;
+    uint32_t at = 0;
+    for (size_t i = 0; i < n_runs; i++) {
+        for (uint32_t p = runs[i].first; p < runs[i].first + runs[i].n; p++) {
+            const bool is_in = at < n_went_on && went_on[at] == p;
+            at += is_in ? 1 : 0;
+            if (!is_in) scores[p] = -1.0F;
+        }
+    }
+}
+
+/* One check after another, each with those of the one before that deviated most.
+ * placed, all  [n_ids] scratch; placed: where they all go on, ascending */
+static kvl_status check_layers(run *r, const kvl_select_run *runs, size_t n_runs,
+                               uint32_t n_computed, uint32_t *placed, uint32_t *all, float *scores,
+                               kvl_error *error)
+{
+    const uint32_t last_layer = r->host->engine->shape->n_layers - 1;
+    kvl_select_policy next = {.name = "next", .score = KVL_SELECT_DEVIATION, .pool_width = 1};
     uint32_t n_placed = 0;
     for (size_t i = 0; i < n_runs; i++) {
         for (uint32_t t = 0; t < runs[i].n; t++) placed[n_placed++] = runs[i].first + t;
     }
-    const uint32_t n = run_merge(r->positions, n_computed, placed, n_placed, all);
-    const kvl_status status = kvl_session_deviation(r->session, all, n, scores, error);
-    kvl_free(all);
+    for (uint32_t c = 0; c < r->select->n_checks; c++) {
+        const uint32_t layer = r->select->checks[c].layer;
+        const kvl_deviation_check check = {layer < last_layer ? layer : last_layer,
+                                           r->select->values_only};
+        const uint32_t n = run_merge(r->positions, n_computed, placed, n_placed, all);
+        KVL_TRY(kvl_session_deviation(r->session, &check, all, n, scores, error));
+        mark_rest(runs, n_runs, placed, n_placed, scores);
+        if (c + 1 == r->select->n_checks) break;
+        next.share = r->select->checks[c].share;
+        KVL_TRY(kvl_select_tokens(&next, runs, n_runs, scores, placed, &n_placed, error));
+    }
+    return KVL_OK;
+}
+
+static kvl_status deviate(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t n_computed,
+                          float *scores, kvl_error *error)
+{
+    uint32_t *scratch = kvl_alloc_zero(2 * r->n_ids, sizeof *scratch);
+    if (scratch == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to score a prompt");
+    const kvl_status status =
+        check_layers(r, runs, n_runs, n_computed, scratch, scratch + r->n_ids, scores, error);
+    kvl_free(scratch);
     return status;
 }
 
