@@ -54,6 +54,10 @@ static kvl_status deviate(run *r, const kvl_select_run *runs, size_t n_runs, uin
     const uint32_t n = merge(r->positions, n_computed, placed, n_placed, all);
     const kvl_status status = kvl_session_deviation(r->session, all, n, scores, error);
     kvl_free(all);
+    if (status == KVL_OK && r->deviation != NULL) {
+        memcpy(r->deviation, scores, r->n_ids * sizeof *scores);
+        r->has_deviation = true;
+    }
     return status;
 }
 
@@ -92,6 +96,11 @@ static kvl_status choose(run *r, const kvl_select_run *runs, size_t n_runs, uint
     if (r->select->score == KVL_SELECT_QUERY_ATTENTION) drop_final(r, runs[0].first, n);
     uint32_t n_chosen = 0;
     KVL_TRY(kvl_select_tokens(r->select, runs, n_runs, scores, chosen, &n_chosen, error));
+    if (r->correction->kind == KVL_CORRECT_PROBE && n_chosen > 0) {
+        /* A pass that computed layers 0 and 1 once would find nothing stale there again. */
+        if (!r->has_deviation) KVL_TRY(deviate(r, runs, n_runs, *n, scores, error));
+        KVL_TRY(run_probe_begin(r, runs, n_runs, chosen, n_chosen, error));
+    }
     *n = merge(r->positions, *n, chosen, n_chosen, all);
     memcpy(r->positions, all, *n * sizeof *all);
     r->n_recomputed = n_chosen;
@@ -106,14 +115,20 @@ kvl_status run_select(run *r, uint32_t *n, kvl_error *error)
     const int64_t start = kvl_clock_now(r->host->clock);
     uint32_t *chosen = kvl_alloc_zero(2 * r->n_ids, sizeof *chosen);
     float *scores = kvl_alloc_zero(r->n_ids, sizeof *scores);
+    if (r->correction->kind == KVL_CORRECT_PROBE)
+        r->deviation = kvl_alloc_zero(r->n_ids, sizeof *r->deviation);
+    const bool has_room = r->correction->kind != KVL_CORRECT_PROBE || r->deviation != NULL;
     kvl_status status = KVL_OK;
-    if (chosen == NULL || scores == NULL)
+    if (chosen == NULL || scores == NULL || !has_room)
         status =
             KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to choose among %zu tokens", r->n_ids);
     else
         status = choose(r, runs, n_runs, n, chosen, chosen + r->n_ids, scores, error);
     kvl_free(chosen);
     kvl_free(scores);
+    kvl_free(r->deviation);
+    r->deviation = NULL;
+    r->has_deviation = false;
     r->select_ns += kvl_clock_now(r->host->clock) - start;
     return status;
 }

@@ -159,16 +159,22 @@ static bool pass_layer_of_session(void *context, uint32_t layer, uint32_t row_fi
     return false;
 }
 
+static void want_logits(kvl_session *session, kvl_forward_batch *batch, uint32_t n_logits,
+                        float *logits)
+{
+    KVL_ASSERT(n_logits <= batch->n_rows);
+    for (uint32_t i = 0; i < n_logits; i++) session->logit_rows[i] = batch->n_rows - n_logits + i;
+    batch->logit_rows = session->logit_rows;
+    batch->n_logit_rows = n_logits;
+    batch->logits = logits;
+}
+
 kvl_status kvl_session_compute(kvl_session *session, const uint32_t *positions, uint32_t n,
                                uint32_t n_logits, float *logits, kvl_error *error)
 {
-    KVL_ASSERT(n_logits <= n);
     kvl_attention_path path;
     kvl_forward_batch batch = batch_of(session, positions, n, &path);
-    for (uint32_t i = 0; i < n_logits; i++) session->logit_rows[i] = n - n_logits + i;
-    batch.logit_rows = session->logit_rows;
-    batch.n_logit_rows = n_logits;
-    batch.logits = logits;
+    want_logits(session, &batch, n_logits, logits);
     if (session->pieces != NULL) {
         kvl_loader_wait(session->engine->loader, 0);
         batch.after_layer = pass_layer_of_session;
@@ -183,6 +189,43 @@ kvl_status kvl_session_compute_range(kvl_session *session, uint32_t first, uint3
     KVL_ASSERT(first < past && past <= session->n_ids);
     for (uint32_t p = first; p < past; p++) session->positions[p - first] = p;
     return kvl_session_compute(session, session->positions, past - first, n_logits, logits, error);
+}
+
+typedef struct watched {
+    kvl_session *session;
+    const kvl_session_walk *walk;
+} watched;
+
+static bool pass_layer_of_watched(void *context, uint32_t layer, uint32_t row_first,
+                                  uint32_t n_rows)
+{
+    (void)n_rows;
+    const watched *w = context;
+    if (w->session->pieces != NULL) pass_layer(w->session, layer);
+    if (row_first == 0 && layer + 1 < w->session->engine->shape->n_layers)
+        w->walk->before(w->walk->context, layer + 1);
+    return false;
+}
+
+static void tell_of_keys(void *context, uint32_t layer, uint32_t row_first, uint32_t n_rows)
+{
+    const watched *w = context;
+    if (layer > 0) w->walk->after(w->walk->context, layer, row_first, n_rows);
+}
+
+kvl_status kvl_session_compute_watched(kvl_session *session, const uint32_t *positions, uint32_t n,
+                                       uint32_t n_logits, float *logits,
+                                       const kvl_session_walk *walk, kvl_error *error)
+{
+    watched w = {session, walk};
+    kvl_attention_path path;
+    kvl_forward_batch batch = batch_of(session, positions, n, &path);
+    want_logits(session, &batch, n_logits, logits);
+    if (session->pieces != NULL) kvl_loader_wait(session->engine->loader, 0);
+    batch.after_layer = pass_layer_of_watched;
+    batch.on_keys = tell_of_keys;
+    batch.context = &w;
+    return kvl_forward_run(session->engine->forward, &batch, error);
 }
 
 typedef struct mass_of_queries {
@@ -306,6 +349,33 @@ void kvl_session_extract(kvl_session *session, uint32_t first, uint32_t n, float
     }
 }
 
+static kvl_place_tokens_view scattered_view(kvl_session *session, const uint32_t *positions,
+                                            uint32_t n)
+{
+    KVL_ASSERT(n <= session->n_ids);
+    for (uint32_t i = 0; i < n; i++) session->slots[i] = kvl_session_slot(session, positions[i]);
+    return (kvl_place_tokens_view){n, positions, session->slots};
+}
+
+void kvl_session_read_layer(kvl_session *session, uint32_t layer, const uint32_t *positions,
+                            uint32_t n, float *keys, float *values)
+{
+    const kvl_place_tokens_view tokens = scattered_view(session, positions, n);
+    const kvl_place_target target = target_of(session);
+    const kvl_status status = kvl_extract_tokens(&target, layer, &tokens, keys, values, NULL);
+    KVL_ASSERT(status == KVL_OK);
+}
+
+void kvl_session_write_layer(kvl_session *session, uint32_t layer, const uint32_t *positions,
+                             uint32_t n, const float *keys, const float *values)
+{
+    const kvl_place_tokens_view tokens = scattered_view(session, positions, n);
+    const kvl_place_target target = target_of(session);
+    const kvl_status status =
+        kvl_place_tokens(&target, layer, &tokens, keys, values, session->scratch, NULL);
+    KVL_ASSERT(status == KVL_OK);
+}
+
 void kvl_session_place(kvl_session *session, const kvl_placement *placement)
 {
     const kvl_kv_view *kv = placement->kv;
@@ -346,8 +416,8 @@ static kvl_status make_pieces(kvl_session *session, const kvl_session_load *load
             at[t] = load->position_first + t;
             slots[t] = kvl_session_slot(session, at[t]);
         }
-        session->pieces[i] =
-            (kvl_loader_piece){load->container, load->token_first, {load->n, at, slots}};
+        session->pieces[i] = (kvl_loader_piece){
+            load->container, load->token_first, {load->n, at, slots}, load->mean};
         at = slots + load->n;
     }
     return KVL_OK;
@@ -404,16 +474,11 @@ static bool stop_at_check_layer(void *context, uint32_t layer, uint32_t row_firs
 
 /* Rows of the check layer: keys, then values, [n][n_kv_heads][head_dim] each. */
 static void read_check_layer(kvl_session *session, const uint32_t *positions, uint32_t n,
-                             uint32_t *slots, float *rows)
+                             float *rows)
 {
     const kvl_model_shape *shape = session->engine->shape;
-    for (uint32_t i = 0; i < n; i++) slots[i] = kvl_session_slot(session, positions[i]);
-    const kvl_place_tokens_view tokens = {n, positions, slots};
-    const kvl_place_target target = target_of(session);
-    const kvl_status status =
-        kvl_extract_tokens(&target, CHECK_LAYER, &tokens, rows,
-                           rows + (size_t)n * shape->n_kv_heads * shape->head_dim, NULL);
-    KVL_ASSERT(status == KVL_OK);
+    kvl_session_read_layer(session, CHECK_LAYER, positions, n, rows,
+                           rows + (size_t)n * shape->n_kv_heads * shape->head_dim);
 }
 
 /* One cut of the forward pass: a walk that stops ends all of its cuts. */
@@ -422,13 +487,13 @@ static kvl_status deviate(kvl_session *session, const uint32_t *positions, uint3
 {
     const size_t width =
         (size_t)session->engine->shape->n_kv_heads * session->engine->shape->head_dim;
-    read_check_layer(session, positions, n, session->slots, before);
+    read_check_layer(session, positions, n, before);
     kvl_attention_path path;
     kvl_forward_batch batch = batch_of(session, positions, n, &path);
     batch.after_layer = stop_at_check_layer;
     const kvl_status status = kvl_forward_run(session->engine->forward, &batch, error);
     if (status != KVL_ERR_CANCELLED && status != KVL_OK) return status;
-    read_check_layer(session, positions, n, session->slots, after);
+    read_check_layer(session, positions, n, after);
     for (uint32_t i = 0; i < n; i++) {
         float sum = 0.0F;
         for (size_t half = 0; half < 2; half++) {
