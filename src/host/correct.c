@@ -1,9 +1,9 @@
 /* host/correct.c: what is done to a run's placed KV: its scope's mean is added as it is placed, or
  * probes move it, layer by layer, as they are computed.
  *
- * Probes cost no walk over the layers of their own: the chosen tokens are computed anyway. What they
- * cost is the pass over layers 0 and 1 that says how far each other token is to be moved, and a read
- * and a write of what is placed in every layer. */
+ * Probes cost no walk over the layers of their own: the chosen tokens are computed anyway. What
+ * they cost is the pass over layers 0 and 1 that says how far each other token is to be moved, and
+ * a read and a write of what is placed in every layer. */
 #include "base/alloc.h"
 #include "host/host_parts.h"
 
