@@ -95,8 +95,9 @@ kvl_status run_find_scope(run *r, kvl_error *error)
         return KVL_FAIL(error, KVL_ERR_TOO_LARGE, "collection has at most 64 bytes");
     Kvloom__V1__Donors wanted = task->donors;
     if (wanted == KVLOOM__V1__DONORS__DONORS_DEFAULT)
-        wanted = r->host->in_context.is_default ? KVLOOM__V1__DONORS__DONORS_ON
-                                                : KVLOOM__V1__DONORS__DONORS_OFF;
+        wanted = r->host->in_context.is_default && task->collection[0] != '\0'
+                     ? KVLOOM__V1__DONORS__DONORS_ON
+                     : KVLOOM__V1__DONORS__DONORS_OFF;
     if (task->workflow[0] == '\0' && task->collection[0] == '\0') return KVL_OK;
     r->scope = scope_of(r->host, task);
     r->has_scope = true;

@@ -28,7 +28,7 @@ typedef struct host_in_context {
     kvl_tier *tier; /* memory and LMDB; NULL until a task wants donors */
     char *path;     /* of the LMDB tier */
     uint64_t bytes_max, memory_bytes_max;
-    bool is_default; /* used and kept where a task says nothing */
+    bool is_default; /* used and kept where a task names a collection, and says no more */
     bool is_broken;  /* it could not be opened: logged once */
     host_mean means[KVL_MEANS_MAX];
     uint64_t n_uses;

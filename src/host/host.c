@@ -25,6 +25,7 @@ kvl_host_options kvl_host_default_options(void)
         /* Half of float16's bytes to fetch and to keep, at a KL below 0.001 to full prefill. */
         .segment_dtype = KVL_KV_INT8,
         .audit_share = 0.05,
+        .donors = true,
         .donor_bytes_max = UINT64_C(1) << 30,
     };
 }

@@ -364,18 +364,24 @@ static void test_only_exact_kv_becomes_one(void **state)
     assert_int_equal(look(f, &p, &blended_in).n_donors, 0); /* it is in the prefix tree */
     p = in_other_context(&random, &p);
     assert_int_equal(look(f, &p, &blended_in).n_donors, N_TEXTS);
-    /* Who only reads leaves nothing; nor does who has neither workflow nor collection, or says
-     * nothing: the default is that of the host, off. */
+    /* Who only reads leaves nothing; nor does who has neither workflow nor collection, or has a
+     * workflow and says nothing. */
     how silent[] = {exact_in, exact_in, exact_in, exact_in};
     silent[0].donors = KVLOOM__V1__DONORS__DONORS_READ;
     silent[1].donors = KVLOOM__V1__DONORS__DONORS_OFF;
     silent[2].collection = NULL;
     silent[3].donors = KVLOOM__V1__DONORS__DONORS_DEFAULT;
+    silent[3].collection = NULL;
+    silent[3].workflow = "books";
     for (size_t i = 0; i < 4; i++) {
         p = make_prompt(&random);
         assert_int_equal(look(f, &p, &silent[i]).n_kept, 0);
     }
     assert_int_equal(n_donors(f, 0), n_before + 2 * N_TEXTS);
+    /* A collection is enough. */
+    how named = exact_in;
+    named.donors = KVLOOM__V1__DONORS__DONORS_DEFAULT;
+    assert_int_equal(look(f, &p, &named).n_kept, N_TEXTS);
 }
 
 /* A prompt's texts stand deeper in it, the more there is before them. */
