@@ -38,8 +38,8 @@ typedef struct kvl_host_options {
     uint8_t tenant_key[KVL_TENANT_KEY_BYTES];
 } kvl_host_options;
 
-/* 4 GiB of store, 1 GiB of memory and 1 GiB of donors, int8 segments; 5 % are audited; donors are on
- * where a task names a collection (docs/rag.md says what they gave). */
+/* 4 GiB of store, 1 GiB of memory and 1 GiB of donors, int8 segments; 5 % are audited; donors are
+ * on where a task names a collection (docs/rag.md says what they gave). */
 kvl_host_options kvl_host_default_options(void);
 
 typedef struct kvl_host kvl_host;
