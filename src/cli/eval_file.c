@@ -28,6 +28,8 @@ static const member members[] = {
     {"healed_first", offsetof(eval_record, healed_first)},
     {"passed_right", offsetof(eval_record, passed_right)},
     {"work", offsetof(eval_record, work)},
+    {"drafted", offsetof(eval_record, drafted)},
+    {"draft_kept", offsetof(eval_record, draft_kept)},
 };
 enum { N_MEMBERS = sizeof members / sizeof *members };
 

@@ -19,9 +19,14 @@ const eval_policy eval_policies[] = {
     {"sink8+query5", "sink8+query5", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
     {"sink8+query10", "sink8+query10", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
     {"sink8+query25", "sink8+query25", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
+    {"sink8+draft15", "sink8+draft15", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
+    {"sink8+both15", "sink8+both15", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
+    {"sink4+draft5", "sink4+draft5", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
     {"deviation5", "deviation5", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
     {"deviation15", "deviation15", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
     {"deviation30", "deviation30", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
+    {"deviation15v", "deviation15v", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
+    {"deviation15g", "deviation15g", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
     {"kvshare15", "kvshare15", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
     /* What these leave in the prefix tree is exact, and others would share it: verified comes last
      * but one, and the gate has prompts of its own. */
