@@ -240,6 +240,18 @@ static void test_nobody_else_gets_them(void **state)
     start_host(f, 0);
     wait_until(f, 0, true);
     assert_int_equal(look(f, &second, &blended_in).n_donors, N_TEXTS);
+    /* Out of the database straight into a prompt that replaces them. */
+    stop_host(f, 0);
+    start_host(f, 0);
+    wait_until(f, 0, true);
+    how checked = blended_in;
+    checked.quality = KVLOOM__V1__QUALITY__QUALITY_VERIFIED;
+    checked.donors = KVLOOM__V1__DONORS__DONORS_ON;
+    const prompt third = in_other_context(&random, &second);
+    const seen replaced = look(f, &third, &checked);
+    assert_int_equal(replaced.n_donors, N_TEXTS);
+    assert_int_equal(replaced.n_kept, N_TEXTS);
+    assert_int_equal(replaced.n_wrong, 0);
 }
 
 /* The id of a donor, as only who has the tenant's key can know it. */
