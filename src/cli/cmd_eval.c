@@ -5,6 +5,7 @@
 #include "reuse/correct.h"
 
 #include <argp.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum {
@@ -22,17 +23,17 @@ enum {
     OPTION_SEED,
     OPTION_TEXTS,
     OPTION_SCENARIOS,
+    OPTION_POLICIES,
     OPTION_SAVE,
     OPTION_FROM,
     OPTION_HOME,
-    OPTION_CORRECT,
-    OPTION_POLICIES
+    OPTION_CORRECT
 };
 
 typedef struct arguments {
     kvl_cli_engine engine;
     uint32_t n_prompts, seed;
-    const char *texts, *scenarios, *save, *from, *home, *policies, *correct;
+    const char *texts, *scenarios, *policies, *save, *from, *home, *correct;
     eval_warmth warmth;
     bool json, is_quick;
 } arguments;
@@ -42,11 +43,11 @@ static const struct argp_option options[] = {
     {"seed", OPTION_SEED, "N", 0, "Other prompts: tune on some, report others (1)", 0},
     {"texts", OPTION_TEXTS, "DIR", 0, "Directory of *.txt to make prompts from", 0},
     {"scenarios", OPTION_SCENARIOS, "NAME,...", 0, "Only these, as the table names them", 0},
+    {"policies", OPTION_POLICIES, "NAME,...", 0, "Only these, as the table names them", 0},
     {"home", OPTION_HOME, "HOME", 0,
      "What texts are read behind: header, nothing, or primer, which is header and three of the "
      "texts; donor: as they stood in other exact prompts (header)",
      0},
-    {"policies", OPTION_POLICIES, "NAME,...", 0, "Only these, as the table names them", 0},
     {"correct", OPTION_CORRECT, "NAME,...", 0,
      "Each policy also with these corrections of what is placed: mean, probe", 0},
     {"save", OPTION_SAVE, "FILE", 0, "Add what was seen of every prompt to a file", 0},
@@ -68,37 +69,40 @@ static bool has_name(const char *list, const char *name)
     return false;
 }
 
-/* Every name of a comma separated list must be one that is known. */
-static void check_names(const char *list, bool (*is_known)(const char *name), const char *option,
-                        const char *known, struct argp_state *state)
+static const char *scenario_name(uint32_t at)
+{
+    return eval_scenarios[at].name;
+}
+
+static const char *policy_name(uint32_t at)
+{
+    return eval_policies[at].name;
+}
+
+/* Every name of a list must be one that name_of gives before it gives NULL. */
+static void check_names(const char *option, const char *list, const char *(*name_of)(uint32_t),
+                        struct argp_state *state)
 {
     char *copy = kvl_strdup(list);
     char *rest = NULL;
     if (copy == NULL) argp_failure(state, KVL_EXIT_FAILED, 0, "no memory for %s", option);
     for (char *name = strtok_r(copy, ",", &rest); name != NULL; name = strtok_r(NULL, ",", &rest)) {
-        if (!is_known(name)) argp_error(state, "%s has '%s'; there are %s", option, name, known);
+        uint32_t at = 0;
+        while (name_of(at) != NULL && strcmp(name_of(at), name) != 0) at++;
+        if (name_of(at) != NULL) continue;
+        (void)fprintf(stderr, "kvloom: %s has '%s'; there are", option, name);
+        for (at = 0; name_of(at) != NULL; at++) (void)fprintf(stderr, " %s", name_of(at));
+        (void)fprintf(stderr, "\n");
+        exit(KVL_EXIT_USAGE);
     }
     kvl_free(copy);
 }
 
-static bool is_scenario(const char *name)
-{
-    uint32_t s = 0;
-    while (eval_scenarios[s].name != NULL && strcmp(eval_scenarios[s].name, name) != 0) s++;
-    return eval_scenarios[s].name != NULL;
-}
-
-static bool is_policy(const char *name)
-{
-    uint32_t number = 0;
-    return eval_policy_find(name, &number) && number < EVAL_POLICIES_MAX;
-}
-
 /* Prompts here have no templates that come again, and so no anchors. */
-static bool is_correction(const char *name)
+static const char *correction_name(uint32_t at)
 {
-    const kvl_correction *found = kvl_correct_find(name);
-    return found != NULL && found->kind != KVL_CORRECT_ANCHORS;
+    static const char *const corrections[] = {"none", "mean", "probe", NULL};
+    return corrections[at];
 }
 
 static void parse_home(arguments *wanted, const char *text, const struct argp_state *state)
@@ -112,7 +116,7 @@ static void parse_home(arguments *wanted, const char *text, const struct argp_st
 
 static void parse_corrections(arguments *wanted, const char *text, struct argp_state *state)
 {
-    check_names(text, is_correction, "--correct", "none, mean and probe", state);
+    check_names("--correct", text, correction_name, state);
     wanted->correct = text;
     wanted->warmth.learns_means = has_name(text, "mean");
 }
@@ -129,17 +133,15 @@ static error_t parse(int key, char *text, struct argp_state *state)
     case OPTION_TEXTS: wanted->texts = text; return 0;
     case OPTION_HOME: parse_home(wanted, text, state); return 0;
     case OPTION_CORRECT: parse_corrections(wanted, text, state); return 0;
-    case OPTION_POLICIES:
-        check_names(text, is_policy, "--policies", "those that the table names", state);
-        wanted->policies = text;
-        return 0;
     case OPTION_SAVE: wanted->save = text; return 0;
     case OPTION_FROM: wanted->from = text; return 0;
     case OPTION_SCENARIOS:
-        check_names(text, is_scenario, "--scenarios",
-                    "needle3, needle6, needle12, cut6, edited6, read6, open6, agents5 and asked6",
-                    state);
+        check_names("--scenarios", text, scenario_name, state);
         wanted->scenarios = text;
+        return 0;
+    case OPTION_POLICIES:
+        check_names("--policies", text, policy_name, state);
+        wanted->policies = text;
         return 0;
     case OPTION_QUICK: wanted->is_quick = true; return 0;
     case OPTION_JSON: wanted->json = true; return 0;
@@ -297,8 +299,8 @@ static kvl_status run_policy(evaluation *e, uint32_t s, uint32_t policy, const e
 static bool is_wanted(const evaluation *e, uint32_t s, uint32_t p, uint32_t c)
 {
     const eval_policy *policy = &eval_policies[p];
-    if (e->wanted->is_quick && !policy->is_quick) return false;
     if (!has_name(e->wanted->policies, policy->name)) return false;
+    if (e->wanted->policies == NULL && e->wanted->is_quick && !policy->is_quick) return false;
     if (eval_scenarios[s].kind == EVAL_AGENTS && policy->is_gated) return false;
     /* What is checked is full prefill's, however it was corrected before. */
     const bool is_checked =

@@ -40,16 +40,6 @@ static kvl_status attend(run *r, const kvl_select_run *runs, size_t n_runs, uint
                                  scores, NULL, error);
 }
 
-/* What probes are weighed by. */
-static const kvl_deviation_check probed = {.layer = 1};
-
-static void keep_deviation(run *r, const float *scores)
-{
-    if (r->deviation == NULL) return;
-    memcpy(r->deviation, scores, r->n_ids * sizeof *scores);
-    r->has_deviation = true;
-}
-
 /* Scores of what was not computed in the last check are below all others. */
 static void mark_rest(const kvl_select_run *runs, size_t n_runs, const uint32_t *went_on,
                       uint32_t n_went_on, float *scores)
@@ -82,7 +72,7 @@ static kvl_status check_layers(run *r, const kvl_select_run *runs, size_t n_runs
                                            r->select->values_only};
         const uint32_t n = run_merge(r->positions, n_computed, placed, n_placed, all);
         KVL_TRY(kvl_session_deviation(r->session, &check, all, n, scores, error));
-        if (c == 0 && check.layer == probed.layer && !check.values_only) keep_deviation(r, scores);
+        if (c == 0) KVL_TRY(run_note_deviation(r, scores, error));
         mark_rest(runs, n_runs, placed, n_placed, scores);
         if (c + 1 == r->select->n_checks) break;
         next.share = r->select->checks[c].share;
@@ -100,24 +90,6 @@ static kvl_status deviate(run *r, const kvl_select_run *runs, size_t n_runs, uin
         check_layers(r, runs, n_runs, n_computed, scratch, scratch + r->n_ids, scores, error);
     kvl_free(scratch);
     return status;
-}
-
-/* Of all that is placed, for probes. scratch [n_ids] */
-static kvl_status deviate_all(run *r, const kvl_select_run *runs, size_t n_runs,
-                              uint32_t n_computed, uint32_t *scratch, float *scores,
-                              kvl_error *error)
-{
-    uint32_t *placed = kvl_alloc_zero(r->n_ids, sizeof *placed);
-    if (placed == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to score a prompt");
-    uint32_t n_placed = 0;
-    for (size_t i = 0; i < n_runs; i++) {
-        for (uint32_t t = 0; t < runs[i].n; t++) placed[n_placed++] = runs[i].first + t;
-    }
-    const uint32_t n = run_merge(r->positions, n_computed, placed, n_placed, scratch);
-    kvl_free(placed);
-    KVL_TRY(kvl_session_deviation(r->session, &probed, scratch, n, scores, error));
-    keep_deviation(r, scores);
-    return KVL_OK;
 }
 
 /* Attention first: the pass of deviations replaces what it would look at. */
@@ -169,11 +141,7 @@ static kvl_status choose(run *r, const kvl_select_run *runs, size_t n_runs, uint
     if (leaves_final(r->select->score)) drop_final(r, runs[0].first, n);
     uint32_t n_chosen = 0;
     KVL_TRY(kvl_select_tokens(r->select, runs, n_runs, scores, chosen, &n_chosen, error));
-    if (r->correction->kind == KVL_CORRECT_PROBE && n_chosen > 0) {
-        /* A pass that computed layers 0 and 1 once would find nothing stale there again. */
-        if (!r->has_deviation) KVL_TRY(deviate_all(r, runs, n_runs, *n, all, scores, error));
-        KVL_TRY(run_probe_begin(r, runs, n_runs, chosen, n_chosen, error));
-    }
+    KVL_TRY(run_choose_probes(r, runs, n_runs, *n, chosen, n_chosen, error));
     *n = run_merge(r->positions, *n, chosen, n_chosen, all);
     memcpy(r->positions, all, *n * sizeof *all);
     r->n_recomputed = n_chosen;
@@ -188,20 +156,14 @@ kvl_status run_select(run *r, uint32_t *n, kvl_error *error)
     const int64_t start = kvl_clock_now(r->host->clock);
     uint32_t *chosen = kvl_alloc_zero(2 * r->n_ids, sizeof *chosen);
     float *scores = kvl_alloc_zero(r->n_ids, sizeof *scores);
-    if (r->correction->kind == KVL_CORRECT_PROBE)
-        r->deviation = kvl_alloc_zero(r->n_ids, sizeof *r->deviation);
-    const bool has_room = r->correction->kind != KVL_CORRECT_PROBE || r->deviation != NULL;
     kvl_status status = KVL_OK;
-    if (chosen == NULL || scores == NULL || !has_room)
+    if (chosen == NULL || scores == NULL)
         status =
             KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to choose among %zu tokens", r->n_ids);
     else
         status = choose(r, runs, n_runs, n, chosen, chosen + r->n_ids, scores, error);
     kvl_free(chosen);
     kvl_free(scores);
-    kvl_free(r->deviation);
-    r->deviation = NULL;
-    r->has_deviation = false;
     r->select_ns += kvl_clock_now(r->host->clock) - start;
     return status;
 }

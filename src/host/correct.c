@@ -76,13 +76,39 @@ static struct run_probe *make_probe(run *r, uint32_t n_placed, uint32_t n_chosen
     return probe;
 }
 
-kvl_status run_probe_begin(run *r, const kvl_select_run *runs, size_t n_runs,
-                           const uint32_t *chosen, uint32_t n_chosen, kvl_error *error)
+kvl_status run_note_deviation(run *r, const float *deviation, kvl_error *error)
 {
-    run_probe_end(r);
-    uint32_t n_placed = 0;
-    for (size_t i = 0; i < n_runs; i++) n_placed += runs[i].n;
-    if (n_chosen == 0 || n_chosen == n_placed) return KVL_OK;
+    if (r->correction->kind != KVL_CORRECT_PROBE) return KVL_OK;
+    if (r->deviation == NULL) r->deviation = kvl_alloc_zero(r->n_ids, sizeof *r->deviation);
+    if (r->deviation == NULL)
+        return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for the deviation of %zu tokens",
+                        r->n_ids);
+    memcpy(r->deviation, deviation, r->n_ids * sizeof *deviation);
+    return KVL_OK;
+}
+
+static kvl_status deviate(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t n_computed,
+                          kvl_error *error)
+{
+    const kvl_deviation_check check = {.layer = 1};
+    uint32_t *placed = kvl_alloc_zero(2 * r->n_ids, sizeof *placed);
+    r->deviation = kvl_alloc_zero(r->n_ids, sizeof *r->deviation);
+    kvl_status status = KVL_ERR_NO_MEMORY;
+    if (placed == NULL || r->deviation == NULL) {
+        status = KVL_FAIL(error, status, "no memory for the deviation of %zu tokens", r->n_ids);
+    } else {
+        uint32_t *all = placed + r->n_ids;
+        const uint32_t n_placed = list_others(runs, n_runs, NULL, 0, placed);
+        const uint32_t n = run_merge(r->positions, n_computed, placed, n_placed, all);
+        status = kvl_session_deviation(r->session, &check, all, n, r->deviation, error);
+    }
+    kvl_free(placed);
+    return status;
+}
+
+static kvl_status begin(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t n_placed,
+                        const uint32_t *chosen, uint32_t n_chosen, kvl_error *error)
+{
     struct run_probe *probe = make_probe(r, n_placed, n_chosen);
     if (probe == NULL)
         return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for %u probes", n_chosen);
@@ -95,7 +121,27 @@ kvl_status run_probe_begin(run *r, const kvl_select_run *runs, size_t n_runs,
     return KVL_OK;
 }
 
-/* Layers 0 and 1 of all that is placed are computed where the deviations come from. */
+kvl_status run_choose_probes(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t n_computed,
+                             const uint32_t *chosen, uint32_t n_chosen, kvl_error *error)
+{
+    if (r->correction->kind != KVL_CORRECT_PROBE) return KVL_OK;
+    run_probe_end(r);
+    uint32_t n_placed = 0;
+    for (size_t i = 0; i < n_runs; i++) n_placed += runs[i].n;
+    kvl_status status = KVL_OK;
+    if (n_chosen > 0 && n_chosen < n_placed) {
+        if (r->deviation == NULL) status = deviate(r, runs, n_runs, n_computed, error);
+        if (status == KVL_OK) status = begin(r, runs, n_runs, n_placed, chosen, n_chosen, error);
+    }
+    kvl_free(r->deviation);
+    r->deviation = NULL;
+    return status;
+}
+
+/* Layers 0 and 1 of all that is placed are computed where the deviations come from. In layers that
+ * a selection has computed for some of it before the choice, the probes have moved already and move
+ * nobody else: between the check layers of one that filters gradually, and the first tokens of runs
+ * where an answer was drafted. */
 enum { LAYER_FIRST = 2 };
 
 static void read_stale(void *context, uint32_t layer)

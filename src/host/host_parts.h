@@ -134,13 +134,12 @@ typedef struct run {
     const kvl_correction *correction;
     kvl_digest scope; /* of donors and means: workflow and collection */
     bool has_scope, reads_donors, keeps_donors, learns_mean;
-    float *deviation;        /* [n_ids] of what was placed, while probes are chosen, */
-    bool has_deviation;      /* and whether it is known yet */
+    float *deviation;        /* [n_ids] of all that was placed, while probes are chosen, or NULL */
     struct run_probe *probe; /* while they are computed */
     uint32_t n_recomputed, n_corrected;
+    uint32_t n_shifted, n_donors_kept;
     uint32_t draft[RUN_DRAFT_MAX]; /* what the answer may begin with */
     uint32_t n_draft, n_draft_kept;
-    uint32_t n_shifted, n_donors_kept;
     uint32_t n_read; /* slots computed at home */
     bool is_verified;
     /* What the gate and audits need to know of the answer; sent.tokens is NULL where none asks. */
@@ -217,11 +216,15 @@ void run_make_lesson(const run *r, exact_lesson *lesson);
 /* host/correct.c */
 /* What is added to a part as it is placed; NULL: nothing. */
 const kvl_mean *run_mean(const run *r, const run_part *part);
-/* The chosen tokens [n_chosen], some of those of the runs, are the probes of the next run_compute;
- * r->deviation is theirs and the others'. Errors   KVL_ERR_NO_MEMORY */
-KVL_MUST_USE kvl_status run_probe_begin(run *r, const kvl_select_run *runs, size_t n_runs,
-                                        const uint32_t *chosen, uint32_t n_chosen,
-                                        kvl_error *error);
+/* How far all that was placed is from the KV in context in some layer, by position, as a selection
+ * has found: probes need it. Nothing where the run has none. Errors   KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status run_note_deviation(run *r, const float *deviation, kvl_error *error);
+/* The chosen tokens [n_chosen], some of those of the runs, are the probes of the next run_compute,
+ * where the run has probes. Without a deviation that was noted, layers 0 and 1 of all that is
+ * placed and of r->positions [n_computed] are computed. Errors   those of kvl_session_deviation */
+KVL_MUST_USE kvl_status run_choose_probes(run *r, const kvl_select_run *runs, size_t n_runs,
+                                          uint32_t n_computed, const uint32_t *chosen,
+                                          uint32_t n_chosen, kvl_error *error);
 void run_probe_end(run *r);
 /* Computes r->positions [n], with the last one's logits into host->logits; probes move what is not
  * computed. Errors   those of kvl_session_compute */

@@ -154,6 +154,7 @@ void run_deinit(run *r)
     for (uint32_t p = 0; p < r->n_whole; p++) kvl_container_release(r->whole[p].container);
     kvl_session_destroy(r->session);
     run_probe_end(r);
+    kvl_free(r->deviation);
     kvl_free(r->ids);
     kvl_free(r->positions);
     kvl_free(r->anchors);

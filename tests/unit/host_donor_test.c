@@ -130,7 +130,7 @@ static void read_texts(fixture *f, const prompt *p, int host)
     kvloom__v1__host_reply__free_unpacked(run_prompt(f, p, &read), NULL);
 }
 
-static uint64_t n_donors(fixture *f, int host)
+static uint64_t n_donors_of(fixture *f, int host, uint64_t *n_bytes)
 {
     Kvloom__V1__HostTask message = KVLOOM__V1__HOST_TASK__INIT;
     message.what_case = KVLOOM__V1__HOST_TASK__WHAT_STATUS;
@@ -139,9 +139,16 @@ static uint64_t n_donors(fixture *f, int host)
     kvl_error error = {0};
     if (call(f, host, &message, &reply, &error) != KVL_OK) fail_msg("%s", error.text);
     const uint64_t n = reply->status->donors;
-    assert_int_equal(n > 0, reply->status->donor_bytes > 0);
+    *n_bytes = reply->status->donor_bytes;
+    assert_int_equal(n > 0, *n_bytes > 0);
     kvloom__v1__host_reply__free_unpacked(reply, NULL);
     return n;
+}
+
+static uint64_t n_donors(fixture *f, int host)
+{
+    uint64_t n_bytes = 0;
+    return n_donors_of(f, host, &n_bytes);
 }
 
 static const how exact_in = {.mode = KVLOOM__V1__MODE__MODE_REUSE,
@@ -233,6 +240,18 @@ static void test_nobody_else_gets_them(void **state)
     start_host(f, 0);
     wait_until(f, 0, true);
     assert_int_equal(look(f, &second, &blended_in).n_donors, N_TEXTS);
+    /* Out of the database straight into a prompt that replaces them. */
+    stop_host(f, 0);
+    start_host(f, 0);
+    wait_until(f, 0, true);
+    how checked = blended_in;
+    checked.quality = KVLOOM__V1__QUALITY__QUALITY_VERIFIED;
+    checked.donors = KVLOOM__V1__DONORS__DONORS_ON;
+    const prompt third = in_other_context(&random, &second);
+    const seen replaced = look(f, &third, &checked);
+    assert_int_equal(replaced.n_donors, N_TEXTS);
+    assert_int_equal(replaced.n_kept, N_TEXTS);
+    assert_int_equal(replaced.n_wrong, 0);
 }
 
 /* The id of a donor, as only who has the tenant's key can know it. */
@@ -399,6 +418,42 @@ static void test_the_deeper_one_stays(void **state)
     assert_int_equal(n_donors(f, 0), 2);
 }
 
+/* A cap of bytes, under which the least used go first; and none at all. */
+static void test_they_stay_within_their_cap(void **state)
+{
+    enum { CAP = 1 << 20, PROMPTS = 60 };
+    fixture *f = *state;
+    kvl_random random = kvl_test_random();
+    stop_host(f, 0);
+    f->donor_bytes_max = CAP;
+    start_host(f, 0);
+    wait_until(f, 0, true);
+    uint64_t n_bytes = 0;
+    uint32_t n_kept = 0;
+    prompt p = make_prompt(&random);
+    for (int i = 0; i < PROMPTS; i++) {
+        p = make_prompt(&random);
+        n_kept += look(f, &p, &exact_in).n_kept;
+        assert_true(n_donors_of(f, 0, &n_bytes) > 0);
+        assert_true(n_bytes <= CAP);
+    }
+    assert_int_equal(n_kept, PROMPTS * N_TEXTS);
+    assert_true(n_donors(f, 0) < n_kept); /* otherwise nothing was tested */
+    /* The last ones are there. */
+    p = in_other_context(&random, &p);
+    read_texts(f, &p, 0);
+    assert_int_equal(look(f, &p, &blended_in).n_donors, N_TEXTS);
+
+    stop_host(f, 0);
+    f->donor_bytes_max = 0;
+    start_host(f, 0);
+    wait_until(f, 0, true);
+    p = make_prompt(&random);
+    assert_int_equal(look(f, &p, &exact_in).n_kept, 0);
+    assert_int_equal(look(f, &p, &blended_in).n_donors, 0);
+    assert_int_equal(n_donors(f, 0), 0);
+}
+
 static void test_forgotten_texts_have_none(void **state)
 {
     fixture *f = *state;
@@ -518,6 +573,7 @@ int main(void)
                                         teardown),
         cmocka_unit_test_setup_teardown(test_only_exact_kv_becomes_one, setup, teardown),
         cmocka_unit_test_setup_teardown(test_the_deeper_one_stays, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_they_stay_within_their_cap, setup, teardown),
         cmocka_unit_test_setup_teardown(test_forgotten_texts_have_none, setup, teardown),
         cmocka_unit_test_setup_teardown(test_a_mean_moves_what_is_placed, setup, teardown),
         cmocka_unit_test_setup_teardown(test_probes_move_what_is_placed, setup, teardown),
