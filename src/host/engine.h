@@ -66,10 +66,11 @@ KVL_MUST_USE kvl_status kvl_session_compute_range(kvl_session *session, uint32_t
 /* Computes the tokens at `positions` [n] and sums the attention that those from position `from` on
  * give each position of the session, over all layers but the last, all heads and rows.
  * mass     [kvl_session_n_tokens], by position; overwritten
+ * logits   [n_vocab] of the last token; NULL: not wanted
  * Errors   those of kvl_session_compute; KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions,
                                               uint32_t n, uint32_t from, float *mass,
-                                              kvl_error *error);
+                                              float *logits, kvl_error *error);
 typedef struct kvl_deviation_check {
     uint32_t layer;   /* of the model; the layers up to it are computed */
     bool values_only; /* |dV|^2; else |dK|^2 + |dV|^2, keys before rotation */

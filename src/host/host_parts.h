@@ -274,9 +274,8 @@ uint32_t run_merge(const uint32_t *computed, uint32_t n_computed, const uint32_t
 
 /* host/draft.c: drafts the beginning of the answer, which stays in the run, over what is placed.
  * The rows in `positions` are computed on the way.
- * scores   [n_ids] the attention of the draft's rows, by position */
-KVL_MUST_USE kvl_status run_draft(run *r, const kvl_select_run *runs, size_t n_runs,
-                                  uint32_t n_computed, float *scores, kvl_error *error);
+ * scores   [n_ids] zeros; the attention of the rows that said the draft, by position */
+KVL_MUST_USE kvl_status run_draft(run *r, uint32_t n_computed, float *scores, kvl_error *error);
 
 /* host/resolve.c: the segment `id` from a peer, kept in memory; part->container stays NULL where
  * nobody has it. */

@@ -266,7 +266,7 @@ static bool pass_layer_of_mass(void *context, uint32_t layer, uint32_t row_first
 }
 
 kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions, uint32_t n,
-                                 uint32_t from, float *mass, kvl_error *error)
+                                 uint32_t from, float *mass, float *logits, kvl_error *error)
 {
     const uint32_t n_heads = session->engine->shape->n_kv_heads;
     const uint32_t n_ids = session->n_ids;
@@ -278,6 +278,10 @@ kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions
     kvl_forward_batch batch = batch_of(session, positions, n, &path);
     batch.on_queries = add_mass;
     batch.context = &sum;
+    session->logit_rows[0] = n - 1;
+    batch.logit_rows = session->logit_rows;
+    batch.n_logit_rows = logits == NULL ? 0 : 1;
+    batch.logits = logits;
     if (session->pieces != NULL) {
         kvl_loader_wait(session->engine->loader, 0);
         batch.after_layer = pass_layer_of_mass;
