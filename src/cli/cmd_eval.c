@@ -19,6 +19,7 @@ enum {
     OPTION_SEED,
     OPTION_TEXTS,
     OPTION_SCENARIOS,
+    OPTION_POLICIES,
     OPTION_SAVE,
     OPTION_FROM,
     OPTION_HOME
@@ -27,7 +28,7 @@ enum {
 typedef struct arguments {
     kvl_cli_engine engine;
     uint32_t n_prompts, seed;
-    const char *texts, *scenarios, *save, *from, *home;
+    const char *texts, *scenarios, *policies, *save, *from, *home;
     bool json, is_quick;
 } arguments;
 
@@ -36,6 +37,7 @@ static const struct argp_option options[] = {
     {"seed", OPTION_SEED, "N", 0, "Other prompts: tune on some, report others (1)", 0},
     {"texts", OPTION_TEXTS, "DIR", 0, "Directory of *.txt to make prompts from", 0},
     {"scenarios", OPTION_SCENARIOS, "NAME,...", 0, "Only these, as the table names them", 0},
+    {"policies", OPTION_POLICIES, "NAME,...", 0, "Only these, as the table names them", 0},
     {"home", OPTION_HOME, "HOME", 0,
      "What texts are read behind: header, nothing, or primer, which is header and three of the "
      "texts (header)",
@@ -76,6 +78,20 @@ static void check_scenarios(const char *list, struct argp_state *state)
     kvl_free(copy);
 }
 
+static void check_policies(const char *list, struct argp_state *state)
+{
+    char *copy = kvl_strdup(list);
+    char *rest = NULL;
+    if (copy == NULL) argp_failure(state, KVL_EXIT_FAILED, 0, "no memory for the policies");
+    for (char *name = strtok_r(copy, ",", &rest); name != NULL; name = strtok_r(NULL, ",", &rest)) {
+        uint32_t p = 0;
+        while (eval_policies[p].name != NULL && strcmp(eval_policies[p].name, name) != 0) p++;
+        if (eval_policies[p].name == NULL)
+            argp_error(state, "--policies has '%s', which the table does not name", name);
+    }
+    kvl_free(copy);
+}
+
 static error_t parse(int key, char *text, struct argp_state *state)
 {
     arguments *wanted = state->input;
@@ -97,6 +113,10 @@ static error_t parse(int key, char *text, struct argp_state *state)
     case OPTION_SCENARIOS:
         check_scenarios(text, state);
         wanted->scenarios = text;
+        return 0;
+    case OPTION_POLICIES:
+        check_policies(text, state);
+        wanted->policies = text;
         return 0;
     case OPTION_QUICK: wanted->is_quick = true; return 0;
     case OPTION_JSON: wanted->json = true; return 0;
@@ -149,6 +169,7 @@ static kvl_status ask(evaluation *e, const eval_prompt *prompt, Kvloom__V1__Mode
     made.run.max_tokens = ANSWER_TOKENS;
     made.run.quality = by->quality;
     made.run.select = (char *)(uintptr_t)by->select;
+    made.run.refresh = mode == KVLOOM__V1__MODE__MODE_REUSE ? by->refresh : 0;
     made.run.gate = by->is_gated && mode == KVLOOM__V1__MODE__MODE_REUSE;
     made.run.align = true; /* all texts are read, but for those that were edited since */
     made.run.evaluate = mode == KVLOOM__V1__MODE__MODE_REUSE;
@@ -201,6 +222,9 @@ static eval_record record_of(const eval_prompt *prompt, const Kvloom__V1__RunRep
     /* A verified or gated answer is held back until it is checked. */
     const double held_ms = reply->verify_ms + reply->gate_ms;
     record.ttft_ms = held_ms > 0.0 ? reply->total_ms + held_ms : reply->ttft_ms;
+    if (reply->n_tokens > 0)
+        record.tpot_ms = (reply->total_ms - reply->ttft_ms) / (double)reply->n_tokens;
+    record.refreshed = reply->refreshed;
     record.work = (reply->select_ms + reply->compute_ms) / full->compute_ms;
     return record;
 }
@@ -253,6 +277,7 @@ static kvl_status compare(evaluation *e, uint32_t s, uint32_t index, eval_prompt
     kvl_status status = KVL_OK;
     for (uint32_t p = 0; eval_policies[p].name != NULL && status == KVL_OK; p++) {
         if (e->wanted->is_quick && !eval_policies[p].is_quick) continue;
+        if (!has_name(e->wanted->policies, eval_policies[p].name)) continue;
         if (kind == EVAL_AGENTS && eval_policies[p].is_gated) continue;
         const bool is_first = full == NULL;
         const bool is_own = kind == EVAL_EDITED || eval_policies[p].is_gated;

@@ -107,8 +107,9 @@ KVL_MUST_USE kvl_status eval_agents_make(const eval_corpus *corpus, const demo_w
 typedef struct eval_policy {
     const char *name, *select; /* select: reuse/select.h */
     Kvloom__V1__Quality quality;
-    bool is_quick; /* part of --quick */
-    bool is_gated; /* answers that the gate does not trust are verified (reuse/gate.h) */
+    bool is_quick;    /* part of --quick */
+    bool is_gated;    /* answers that the gate does not trust are verified (reuse/gate.h) */
+    uint32_t refresh; /* stale tokens computed again in each step of decoding (host/refresh.h) */
 } eval_policy;
 
 /* Ended by one without name. */
@@ -121,6 +122,7 @@ typedef struct eval_record {
     double kl, top1, exact, right, placed, recomputed, corrected, ttft_ms, full_ttft_ms;
     double passed, healed_first; /* the gate: let it pass, or not; 0 where it was not asked */
     double passed_right;         /* passed, and what full prefill says */
+    double tpot_ms, refreshed;   /* time of a token of the answer; stale ones that were refreshed */
     double work; /* of full prefill's time computing, what scoring and computing took */
 } eval_record;
 

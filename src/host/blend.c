@@ -53,6 +53,7 @@ static kvl_status deviate(run *r, const kvl_select_run *runs, size_t n_runs, uin
     }
     const uint32_t n = merge(r->positions, n_computed, placed, n_placed, all);
     const kvl_status status = kvl_session_deviation(r->session, all, n, scores, error);
+    if (status == KVL_OK) run_keep_deviation(r, scores);
     kvl_free(all);
     return status;
 }
@@ -88,7 +89,10 @@ static void drop_final(run *r, uint32_t first_placed, uint32_t *n)
 static kvl_status choose(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t *n,
                          uint32_t *chosen, uint32_t *all, float *scores, kvl_error *error)
 {
-    if (r->select->score != KVL_SELECT_NO_SCORE) KVL_TRY(score(r, runs, n_runs, *n, scores, error));
+    if (r->select->score != KVL_SELECT_NO_SCORE) {
+        KVL_TRY(score(r, runs, n_runs, *n, scores, error));
+        run_keep_scores(r, scores);
+    }
     if (r->select->score == KVL_SELECT_QUERY_ATTENTION) drop_final(r, runs[0].first, n);
     uint32_t n_chosen = 0;
     KVL_TRY(kvl_select_tokens(r->select, runs, n_runs, scores, chosen, &n_chosen, error));

@@ -38,6 +38,15 @@ float kvl_top_probability(const float *logits, uint32_t n_vocab)
     return (float)(1.0 / sum);
 }
 
+static kvl_status compute_last(kvl_session *session, const kvl_decode_options *options,
+                               uint32_t n_logits, float *logits, kvl_error *error)
+{
+    if (options->compute != NULL)
+        return options->compute(options->context, session, n_logits, logits, error);
+    const uint32_t at = kvl_session_n_tokens(session) - 1;
+    return kvl_session_compute_range(session, at, at + 1, n_logits, logits, error);
+}
+
 kvl_status kvl_decode(kvl_session *session, kvl_engine *engine, const kvl_decode_options *options,
                       float *logits, uint32_t *n_tokens, bool *ended, kvl_error *error)
 {
@@ -55,8 +64,7 @@ kvl_status kvl_decode(kvl_session *session, kvl_engine *engine, const kvl_decode
         *n_tokens += 1;
         const bool last = stop || *n_tokens == options->max_tokens;
         if (last && !options->keep_last) return KVL_OK;
-        const uint32_t at = kvl_session_n_tokens(session) - 1;
-        KVL_TRY(kvl_session_compute_range(session, at, at + 1, last ? 0 : 1, logits, error));
+        KVL_TRY(compute_last(session, options, last ? 0 : 1, logits, error));
         if (last) return KVL_OK;
     }
     return KVL_OK;

@@ -9,6 +9,7 @@
 #include "host/heal.h"
 #include "host/host.h"
 #include "host/quality.h"
+#include "host/refresh.h"
 #include "reuse/align.h"
 #include "reuse/planner.h"
 #include "reuse/select.h"
@@ -144,6 +145,10 @@ typedef struct run {
     bool ended;
     int64_t start_ns, first_token_ns, end_ns;
     int64_t fetch_ns, correct_ns, place_ns, select_ns, compute_ns, verify_ns, wait_ns;
+    kvl_refresh refresh; /* of the answer, while it is decoded */
+    float *scores;       /* [2][n_ids] what chose among the placed tokens, and their deviation;
+                            NULL: nothing is refreshed, nobody asks */
+    bool has_scores, has_deviation;
     kvl_load_times *load_times; /* NULL: nothing was loaded beside the computing */
     kvl_digest answer_home;
     kvl_digest *anchors; /* [KVL_PARTS_MAX] measured in this run */
@@ -210,6 +215,8 @@ void host_learn_rate(double *rate, double amount, double ms);
 kvl_plan_rates host_first_rates(void);
 /* Whether KV at home goes straight into pages while the first layers are computed. */
 bool run_loads_beside(const run *r);
+/* Has KV at home of what is placed in the host's bases again, as it was before it was corrected. */
+KVL_MUST_USE kvl_status run_load_bases(run *r, kvl_error *error);
 /* Chooses what to do with each part: matches anchors where KV at home was resolved. */
 KVL_MUST_USE kvl_status run_plan(run *r, kvl_error *error);
 /* Places what is reused and computes the rest; logits of the prompt's last token end in
@@ -221,6 +228,15 @@ KVL_MUST_USE kvl_status run_fill(run *r, bool with_anchors, kvl_error *error);
 /* Adds to the positions that are computed [*n, ascending, in r->positions] those of blended parts
  * that the run's policy chooses. Nothing happens without blended parts. */
 KVL_MUST_USE kvl_status run_select(run *r, uint32_t *n, kvl_error *error);
+
+/* host/refresh.c: refreshing the run's stale tokens while it decodes (host/refresh.h), where the
+ * task asks for it: made ready behind run_fill; the `compute` of kvl_decode_options; and what the
+ * choice of tokens went by, which blend.c tells. */
+KVL_MUST_USE kvl_status run_begin_refresh(run *r, kvl_error *error);
+KVL_MUST_USE kvl_status run_decode_row(void *r, kvl_session *session, uint32_t n_logits,
+                                       float *logits, kvl_error *error);
+void run_keep_scores(run *r, const float *scores);
+void run_keep_deviation(run *r, const float *deviation);
 
 /* host/resolve.c: the segment `id` from a peer, kept in memory; part->container stays NULL where
  * nobody has it. */
@@ -262,8 +278,10 @@ double divergence(const float *full, const float *reused, uint32_t n_vocab, bool
 void reference_deinit(reference *kept);
 KVL_MUST_USE kvl_status reference_begin(reference *kept, const run *r, kvl_error *error);
 void reference_add(reference *kept, uint32_t n_vocab, const float *logits);
-/* Forces the reference's answer behind the first n_prompt tokens of the session and compares. */
-KVL_MUST_USE kvl_status run_evaluate(run *r, Kvloom__V1__Evaluation *evaluation, kvl_error *error);
+/* Forces the reference's answer behind the first n_prompt tokens of the session and compares.
+ * refreshes  the prompt is filled anew, and refreshed as the task says while the answer is forced */
+KVL_MUST_USE kvl_status run_evaluate(run *r, bool refreshes, Kvloom__V1__Evaluation *evaluation,
+                                     kvl_error *error);
 
 /* host/run.c: one run task from end to end; packs the reply. */
 KVL_MUST_USE kvl_status host_run_task(kvl_host *host, const Kvloom__V1__RunTask *task,

@@ -184,11 +184,23 @@ static kvl_status begin_loading(run *r, kvl_error *error)
                                part->first + part->step.n_shared, part->step.n_reused};
     }
     if (n == 0) return KVL_OK;
+    kvl_free(r->load_times); /* of an earlier filling */
     r->load_times = kvl_alloc_zero(1, sizeof *r->load_times);
     if (r->load_times == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a run");
     KVL_TRY(kvl_session_load_begin(r->session, loads, n, error));
     if (r->task->load_first) kvl_session_load_end(r->session, r->load_times);
     r->place_ns += kvl_clock_now(r->host->clock) - start;
+    return KVL_OK;
+}
+
+kvl_status run_load_bases(run *r, kvl_error *error)
+{
+    kvl_host *host = r->host;
+    for (uint32_t p = 0; p < r->n_parts; p++) {
+        const run_part *part = &r->parts[p];
+        if (part->step.n_reused > 0)
+            KVL_TRY(kv_buffer_load(&host->bases[part->slot], host->engine, part->container, error));
+    }
     return KVL_OK;
 }
 

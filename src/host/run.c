@@ -67,6 +67,7 @@ static kvl_status decode(run *r, bool is_full, kvl_error *error)
         .max_tokens = r->task->max_tokens,
         .keep_last = !is_full,
         .drawn = is_full ? keep_reference : watch,
+        .compute = is_full || r->task->refresh == 0 ? NULL : run_decode_row,
         .context = r,
     };
     r->first_token_ns = kvl_clock_now(host->clock);
@@ -168,18 +169,14 @@ static void count_wrong_tokens(run *r)
 /* Compares with the reference; where asked, also without anchors, everything else the same. */
 static kvl_status evaluate(run *r, kvl_error *error)
 {
-    kvl_host *host = r->host;
     if (r->is_exact || r->is_verified) count_wrong_tokens(r);
-    KVL_TRY(run_evaluate(r, &r->evaluation, error));
+    const bool refreshes = r->task->refresh > 0 && !r->is_exact && !r->is_verified && !r->is_gated;
+    KVL_TRY(run_evaluate(r, refreshes, &r->evaluation, error));
     r->has_evaluation = true;
     if (!r->task->place_only || r->is_exact || r->is_verified) return KVL_OK;
-    for (uint32_t p = 0; p < r->n_parts; p++) {
-        const run_part *part = &r->parts[p];
-        if (part->step.n_reused > 0)
-            KVL_TRY(kv_buffer_load(&host->bases[part->slot], host->engine, part->container, error));
-    }
+    KVL_TRY(run_load_bases(r, error));
     KVL_TRY(run_fill(r, false, error));
-    KVL_TRY(run_evaluate(r, &r->place_only, error));
+    KVL_TRY(run_evaluate(r, false, &r->place_only, error));
     r->has_place_only = true;
     return KVL_OK;
 }
@@ -387,7 +384,9 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
     KVL_TRY(run_plan(r, error));
     KVL_TRY(run_fill(r, true, error));
     run_begin_audit(r);
+    KVL_TRY(run_begin_refresh(r, error));
     KVL_TRY(decode(r, false, error));
+    const uint32_t n_refreshed[] = {r->refresh.n_refreshed, r->refresh.n_steps};
     KVL_TRY(keep_sent(r, error));
     /* From here on nothing is in the time to first token, nor in the answer's. What was spent on
      * the way to it is kept, and the answer copied before the comparison overwrites it. */
@@ -412,6 +411,8 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
     r->select_ns = spent[3];
     r->compute_ns = spent[4];
     r->n_recomputed = n_recomputed;
+    reply->refreshed = n_refreshed[0];
+    reply->refresh_steps = n_refreshed[1];
     return KVL_OK;
 }
 

@@ -222,8 +222,10 @@ static bool pass_layer_of_mass(void *context, uint32_t layer, uint32_t row_first
     return false;
 }
 
-kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions, uint32_t n,
-                                 uint32_t from, float *mass, kvl_error *error)
+/* Adds up over the rows from position `from` on. */
+static kvl_status compute_watched(kvl_session *session, const uint32_t *positions, uint32_t n,
+                                  uint32_t from, uint32_t n_logits, float *logits, float *mass,
+                                  kvl_error *error)
 {
     const uint32_t n_heads = session->engine->shape->n_kv_heads;
     const uint32_t n_ids = session->n_ids;
@@ -233,6 +235,10 @@ kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions
     mass_of_queries sum = {session, positions, from, per_head};
     kvl_attention_path path;
     kvl_forward_batch batch = batch_of(session, positions, n, &path);
+    for (uint32_t i = 0; i < n_logits; i++) session->logit_rows[i] = n - n_logits + i;
+    batch.logit_rows = session->logit_rows;
+    batch.n_logit_rows = n_logits;
+    batch.logits = logits;
     batch.on_queries = add_mass;
     batch.context = &sum;
     if (session->pieces != NULL) {
@@ -246,6 +252,20 @@ kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions
     }
     kvl_free(per_head);
     return status;
+}
+
+kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions, uint32_t n,
+                                 uint32_t from, float *mass, kvl_error *error)
+{
+    return compute_watched(session, positions, n, from, 0, NULL, mass, error);
+}
+
+kvl_status kvl_session_compute_attending(kvl_session *session, const uint32_t *positions,
+                                         uint32_t n, uint32_t n_logits, float *logits, float *mass,
+                                         kvl_error *error)
+{
+    KVL_ASSERT(n_logits <= n);
+    return compute_watched(session, positions, n, positions[n - 1], n_logits, logits, mass, error);
 }
 
 uint32_t kvl_session_n_tokens(const kvl_session *session)
