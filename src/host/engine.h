@@ -69,8 +69,8 @@ KVL_MUST_USE kvl_status kvl_session_compute_range(kvl_session *session, uint32_t
 KVL_MUST_USE kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions,
                                               uint32_t n, uint32_t from, float *mass,
                                               kvl_error *error);
-/* Computes the tokens at `positions` [n], with logits as kvl_session_compute, and sums the attention
- * that the last of them gives each position of the session, as above.
+/* Computes the tokens at `positions` [n], with logits as kvl_session_compute, and sums the
+ * attention that the last of them gives each position of the session, as above.
  * mass     [kvl_session_n_tokens]; overwritten */
 KVL_MUST_USE kvl_status kvl_session_compute_attending(kvl_session *session,
                                                       const uint32_t *positions, uint32_t n,

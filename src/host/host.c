@@ -9,13 +9,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* A task as it waits for the engine thread. */
-typedef struct waiting_task {
-    uint64_t id;
-    size_t n_bytes;
-    uint8_t body[];
-} waiting_task;
-
 kvl_host_options kvl_host_default_options(void)
 {
     return (kvl_host_options){
@@ -32,19 +25,11 @@ kvl_host_options kvl_host_default_options(void)
 static void accept_task(void *context, uint64_t id, const void *body, size_t n_bytes)
 {
     kvl_host *host = context;
-    waiting_task *task = kvl_alloc(sizeof *task + n_bytes);
-    kvl_status status = KVL_ERR_NO_MEMORY;
-    if (task != NULL) {
-        task->id = id;
-        task->n_bytes = n_bytes;
-        memcpy(task->body, body, n_bytes);
-        status = kvl_queue_push(host->tasks, task);
-    }
+    const kvl_status status = waiting_push(host, id, body, n_bytes);
     if (status == KVL_OK) {
         if (host->service != NULL) kvl_service_wake(host->service);
         return;
     }
-    kvl_free(task);
     kvl_exchange_reply(host->exchange, id, status, "this host has no room for another task", NULL,
                        0);
 }
@@ -130,6 +115,7 @@ static kvl_status create_parts(kvl_host *host, const kvl_host_options *options, 
     KVL_TRY(kvl_anchor_pool_create(&anchors, &host->anchors, error));
     load_anchors(host);
     KVL_TRY(kvl_align_create(KVL_DONORS_MAX, &host->donors, error));
+    KVL_TRY(waiting_init(&host->waiting, options->in_order, error));
     if (kvl_queue_create(KVL_HOST_TASKS_MAX, &host->tasks) != KVL_OK)
         return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for the task queue");
     if (options->scheduler != NULL) {
@@ -184,8 +170,9 @@ void kvl_host_destroy(kvl_host *host)
     if (host->tasks != NULL) {
         for (void *task = kvl_queue_pop(host->tasks); task != NULL;
              task = kvl_queue_pop(host->tasks))
-            kvl_free(task);
+            waiting_task_destroy(task);
     }
+    waiting_deinit(&host->waiting);
     kvl_queue_destroy(host->tasks);
     kvl_service_destroy(host->service);
     heal_deinit(host);
@@ -309,7 +296,7 @@ static kvl_status ask_heal(kvl_host *host, const Kvloom__V1__HealTask *asked,
 static void do_task(kvl_host *host, const waiting_task *task)
 {
     kvl_error error = {0};
-    Kvloom__V1__HostTask *asked = kvloom__v1__host_task__unpack(NULL, task->n_bytes, task->body);
+    const Kvloom__V1__HostTask *asked = task->asked;
     Kvloom__V1__HostReply answer = KVLOOM__V1__HOST_REPLY__INIT;
     Kvloom__V1__RunReply ran = KVLOOM__V1__RUN_REPLY__INIT;
     Kvloom__V1__StatusReply state = KVLOOM__V1__STATUS_REPLY__INIT;
@@ -352,7 +339,6 @@ static void do_task(kvl_host *host, const waiting_task *task)
     reply(host, task->id, status, &error, &answer);
     host_reply_deinit(&ran);
     quality_free_status(&state);
-    if (asked != NULL) kvloom__v1__host_task__free_unpacked(asked, NULL);
 }
 
 static bool heal_when_idle(kvl_host *host)
@@ -367,10 +353,10 @@ static bool do_waiting_tasks(void *context, bool is_idle)
 {
     kvl_host *host = context;
     while (!host->stopping) {
-        waiting_task *task = kvl_queue_try_pop(host->tasks);
+        waiting_task *task = waiting_next(host, false);
         if (task == NULL) return is_idle && heal_when_idle(host);
         do_task(host, task);
-        kvl_free(task);
+        waiting_task_destroy(task);
     }
     kvl_service_stop(host->service);
     return false;
@@ -394,14 +380,14 @@ void kvl_host_run(kvl_host *host)
     }
     bool heals = false;
     while (!host->stopping) {
-        waiting_task *task = heals ? kvl_queue_try_pop(host->tasks) : kvl_queue_pop(host->tasks);
+        waiting_task *task = waiting_next(host, !heals);
         if (task == NULL && !heals) return;
         if (task == NULL) {
             heals = heal_when_idle(host) && !atomic_load(&host->is_closed);
             continue;
         }
         do_task(host, task);
-        kvl_free(task);
+        waiting_task_destroy(task);
         heals = host->heals.first != NULL;
     }
 }

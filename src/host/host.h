@@ -1,7 +1,8 @@
 /* host/host.h: one agent host: an engine, a store, anchors and an exchange, run by tasks.
  *
  * Tasks come from clients over the exchange (proto/host.proto) and are done one after another by
- * the engine thread; a full queue is answered with KVL_ERR_BUSY. Threads  kvl_host_run takes the
+ * the engine thread, those that save most first (host/order.h); a full queue is answered with
+ * KVL_ERR_BUSY. Threads  kvl_host_run takes the
  * calling thread as the engine thread. */
 #ifndef KVL_HOST_HOST_H
 #define KVL_HOST_HOST_H
@@ -10,6 +11,7 @@
 #include "host/service.h"
 
 #define KVL_TENANT_KEY_BYTES 32u
+/* Tasks that wait in order; as many more may come while one runs. */
 #define KVL_HOST_TASKS_MAX 16u
 
 typedef struct kvl_host_options {
@@ -26,6 +28,7 @@ typedef struct kvl_host_options {
     /* With a service (host/service.h) its answers and this host's tasks share the engine thread:
      * a task runs between two steps. NULL: none. */
     const kvl_scheduler_options *scheduler;
+    bool in_order;      /* tasks go as they come; false: those first that save most (order.h) */
     double audit_share; /* of reused requests that are computed in full when idle; 0 .. 1 */
     /* Called on the engine thread with the text of each token of an answer as it is drawn, may be
      * NULL: for a program that has a host of its own. Not for full runs, nor for verified and

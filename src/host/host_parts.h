@@ -10,6 +10,7 @@
 #include "host/host.h"
 #include "host/quality.h"
 #include "host/refresh.h"
+#include "host/waiting.h"
 #include "reuse/align.h"
 #include "reuse/planner.h"
 #include "reuse/select.h"
@@ -64,7 +65,8 @@ struct kvl_host {
     kvl_tier *memory; /* its first tier, borrowed from it: what came from peers stays here */
     kvl_exchange *exchange;
     kvl_anchor_pool *anchors;
-    kvl_queue *tasks;
+    kvl_queue *tasks; /* as they come; the engine thread takes them from `waiting` */
+    waiting_tasks waiting;
     kvl_service *service; /* or NULL */
     const kvl_clock *clock;
     kvl_kv_dtype segment_dtype;
@@ -279,7 +281,7 @@ void reference_deinit(reference *kept);
 KVL_MUST_USE kvl_status reference_begin(reference *kept, const run *r, kvl_error *error);
 void reference_add(reference *kept, uint32_t n_vocab, const float *logits);
 /* Forces the reference's answer behind the first n_prompt tokens of the session and compares.
- * refreshes  the prompt is filled anew, and refreshed as the task says while the answer is forced */
+ * refreshes  the prompt is filled anew, and refreshed as the task says while it is forced */
 KVL_MUST_USE kvl_status run_evaluate(run *r, bool refreshes, Kvloom__V1__Evaluation *evaluation,
                                      kvl_error *error);
 
