@@ -1,0 +1,117 @@
+/* host: tasks that wait for the engine: a run whose texts are known goes before one that came
+ * earlier and has to compute everything, unless the order of arrival was asked for; what is not a
+ * plain run stays where it came. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include <stdatomic.h>
+
+#include "host_run_case.h"
+
+enum { WAITERS = 3 };
+
+typedef struct waiter {
+    fixture *f;
+    const char *question; /* NULL: asks for the status */
+    atomic_int *n_done;
+    int place; /* how many were done before it */
+    uint32_t n_blended;
+    pthread_t thread;
+} waiter;
+
+static void *wait_for_reply(void *context)
+{
+    waiter *w = context;
+    Kvloom__V1__HostReply *reply = NULL;
+    if (w->question == NULL) {
+        Kvloom__V1__HostTask task = KVLOOM__V1__HOST_TASK__INIT;
+        task.what_case = KVLOOM__V1__HOST_TASK__WHAT_STATUS;
+        task.status = true;
+        kvl_error error = {0};
+        if (call(w->f, 0, &task, &reply, &error) != KVL_OK) abort();
+    } else {
+        const asked what = {.question = w->question,
+                            .mode = KVLOOM__V1__MODE__MODE_REUSE,
+                            .select = "none",
+                            .is_plain = true};
+        reply = run(w->f, 0, &what);
+        w->n_blended = count_blended(reply);
+    }
+    w->place = atomic_fetch_add(w->n_done, 1);
+    kvloom__v1__host_reply__free_unpacked(reply, NULL);
+    return NULL;
+}
+
+/* Has the host read the first question; then the others come while its engine does nothing. */
+static void ask_all(fixture *f, const char *const *asked_texts, waiter *waiters)
+{
+    f->audit_share = 0.0;
+    const asked known = {.question = questions[0],
+                         .mode = KVLOOM__V1__MODE__MODE_REUSE,
+                         .select = "none",
+                         .is_plain = true};
+    kvloom__v1__host_reply__free_unpacked(run(f, 0, &known), NULL);
+    stop_host(f, 0);
+    wait_until(f, 0, false);
+    create_host(f, 0);
+    wait_until(f, 0, true);
+    atomic_int n_done = 0;
+    for (int i = 0; i < WAITERS; i++) {
+        waiters[i] = (waiter){.f = f, .question = asked_texts[i], .n_done = &n_done};
+        assert_int_equal(pthread_create(&waiters[i].thread, NULL, wait_for_reply, &waiters[i]), 0);
+        const struct timespec pause = {0, 60 * KVL_NS_PER_MS};
+        (void)nanosleep(&pause, NULL);
+    }
+    assert_int_equal(pthread_create(&f->threads[0], NULL, run_host, f->hosts[0]), 0);
+    for (int i = 0; i < WAITERS; i++) (void)pthread_join(waiters[i].thread, NULL);
+}
+
+static void test_those_that_save_go_first(void **state)
+{
+    fixture *f = *state;
+    waiter waiters[WAITERS];
+    const char *const texts[] = {questions[1], questions[2], questions[0]};
+    ask_all(f, texts, waiters);
+    assert_int_equal(waiters[2].place, 0);
+    assert_true(waiters[2].n_blended > 0);
+    assert_int_equal(waiters[0].place, 1); /* equal gains: as they came */
+    assert_int_equal(waiters[1].place, 2);
+}
+
+static void test_in_order_nobody_is_moved(void **state)
+{
+    fixture *f = *state;
+    waiter waiters[WAITERS];
+    const char *const texts[] = {questions[1], questions[2], questions[0]};
+    f->in_order = true;
+    ask_all(f, texts, waiters);
+    for (int i = 0; i < WAITERS; i++) assert_int_equal(waiters[i].place, i);
+}
+
+static void test_other_tasks_stay_where_they_came(void **state)
+{
+    fixture *f = *state;
+    waiter waiters[WAITERS];
+    const char *const texts[] = {questions[1], NULL, questions[0]};
+    ask_all(f, texts, waiters);
+    for (int i = 0; i < WAITERS; i++) assert_int_equal(waiters[i].place, i);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_those_that_save_go_first, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_in_order_nobody_is_moved, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_other_tasks_stay_where_they_came, setup, teardown),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
