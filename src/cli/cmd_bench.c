@@ -4,6 +4,7 @@
 #include "base/alloc.h"
 #include "base/clock.h"
 #include "cli/bench_data.h"
+#include "cli/bench_load.h"
 #include "cli/bench_rag.h"
 #include "cli/cli.h"
 #include "host/decode.h"
@@ -41,7 +42,7 @@ static const struct argp_option options[] = {
 static bool is_bench(const char *name)
 {
     return strcmp(name, "prefill") == 0 || strcmp(name, "decode") == 0 ||
-           strcmp(name, "attention") == 0 || strcmp(name, "rag") == 0;
+           strcmp(name, "attention") == 0 || strcmp(name, "rag") == 0 || strcmp(name, "load") == 0;
 }
 
 static error_t parse(int key, char *text, struct argp_state *state)
@@ -194,16 +195,19 @@ static kvl_status bench(kvl_engine *engine, const arguments *wanted, kvl_error *
 }
 
 /* The figures stand beside the name as well as in their object. */
-static int bench_rag(arguments *wanted)
+static int bench_hosts(arguments *wanted)
 {
+    const bool is_rag = strcmp(wanted->name, "rag") == 0;
     kvl_error error = {0};
     json_t *measured = json_object();
     json_t *rows = json_array();
     if (wanted->engine.n_positions == 0) wanted->engine.n_positions = 4096;
-    const kvl_status status = kvl_bench_rag_run(&wanted->engine, wanted->quick, wanted->n_repeats,
-                                                measured, rows, &error);
+    const kvl_status status =
+        is_rag ? kvl_bench_rag_run(&wanted->engine, wanted->quick, wanted->n_repeats, measured,
+                                   rows, &error)
+               : kvl_bench_load_run(&wanted->engine, wanted->quick, measured, rows, &error);
     if (status == KVL_OK && wanted->json) {
-        json_t *report = json_pack("{s:s, s:O, s:O, s:{s:s}, s:s}", "name", "rag", "figures",
+        json_t *report = json_pack("{s:s, s:O, s:O, s:{s:s}, s:s}", "name", wanted->name, "figures",
                                    measured, "rows", rows, "machine", "device",
                                    kvl_cli_device(&wanted->engine), "version", KVL_VERSION);
         (void)json_object_update(report, measured);
@@ -214,7 +218,7 @@ static int bench_rag(arguments *wanted)
         const char *name = NULL;
         json_t *value = NULL;
         json_object_foreach(measured, name, value)(void)
-            printf("%-24s %8.3f\n", name, json_real_value(value));
+            printf("%-34s %8.3f\n", name, json_real_value(value));
     }
     json_decref(measured);
     json_decref(rows);
@@ -226,7 +230,7 @@ int kvl_command_bench(int argc, char **argv)
     static const struct argp_child children[] = {{&kvl_cli_engine_argp, 0, NULL, 0}, {0}};
     static const struct argp argp = {options,
                                      parse,
-                                     "prefill|decode|attention|rag|exchange|store",
+                                     "prefill|decode|attention|rag|load|exchange|store",
                                      "Measure this engine beside this machine's limits.",
                                      children,
                                      NULL,
@@ -235,7 +239,8 @@ int kvl_command_bench(int argc, char **argv)
     if (argc > 1 && strcmp(argv[1], "store") == 0) return kvl_bench_store(argc - 1, argv + 1);
     arguments wanted = {.n_tokens = TOKENS_DEFAULT, .n_repeats = REPEATS_DEFAULT};
     if (argp_parse(&argp, argc, argv, 0, NULL, &wanted) != 0) return KVL_EXIT_USAGE;
-    if (strcmp(wanted.name, "rag") == 0) return bench_rag(&wanted);
+    if (strcmp(wanted.name, "rag") == 0 || strcmp(wanted.name, "load") == 0)
+        return bench_hosts(&wanted);
     kvl_error error;
     kvl_engine *engine = NULL;
     if (kvl_cli_engine_create(&wanted.engine, 0, &engine, &error) != KVL_OK)

@@ -31,6 +31,7 @@ enum {
     OPTION_WAITING,
     OPTION_STEP_ROWS,
     OPTION_AUDIT,
+    OPTION_HEAL_SHARE,
     OPTION_ORDER,
 };
 
@@ -70,6 +71,8 @@ static const struct argp_option options[] = {
     {"audit", OPTION_AUDIT, "PERCENT", 0,
      "Share of reused requests that are computed in full when idle, to learn what reuse costs (5)",
      0},
+    {"heal-share", OPTION_HEAL_SHARE, "PERCENT", 0,
+     "Share of the engine's time for healing while others wait; idle, it has all (10)", 0},
     {"order", OPTION_ORDER, "ORDER", 0,
      "cache: those that wait and have most of their prompt here go first; arrival: as they come "
      "(cache)",
@@ -135,6 +138,9 @@ static error_t parse(int key, char *text, struct argp_state *state)
         return 0;
     case OPTION_AUDIT:
         host->audit_share = kvl_cli_number(state, "--audit", text, 0, 100) / 100.0;
+        return 0;
+    case OPTION_HEAL_SHARE:
+        host->heal_share = kvl_cli_number(state, "--heal-share", text, 0, 90) / 100.0;
         return 0;
     case OPTION_ORDER:
         if (strcmp(text, "cache") != 0 && strcmp(text, "arrival") != 0)

@@ -54,7 +54,7 @@ typedef struct figure {
     uint64_t value;
 } figure;
 
-enum { FIGURES = 14 };
+enum { FIGURES = 19 };
 
 static void take(const Kvloom__V1__StatusReply *s, figure *figures)
 {
@@ -73,6 +73,11 @@ static void take(const Kvloom__V1__StatusReply *s, figure *figures)
         {"differed_tokens", s->differed_tokens},
         {"gated", s->gated},
         {"healed_first", s->healed_first},
+        {"heal_beside_ms", (uint64_t)s->heal_beside_ms},
+        {"tasks_moved", s->tasks_moved},
+        {"store_hits", s->store_hits},
+        {"memory_hits", s->memory_hits},
+        {"memory_misses", s->memory_misses},
     };
     memcpy(figures, all, sizeof all);
 }

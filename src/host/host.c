@@ -18,6 +18,7 @@ kvl_host_options kvl_host_default_options(void)
         /* Half of float16's bytes to fetch and to keep, at a KL below 0.001 to full prefill. */
         .segment_dtype = KVL_KV_INT8,
         .audit_share = 0.05,
+        .heal_share = 0.1,
     };
 }
 
@@ -139,6 +140,9 @@ static kvl_status create_parts(kvl_host *host, const kvl_host_options *options, 
 kvl_status kvl_host_create(const kvl_host_options *options, kvl_host **host, kvl_error *error)
 {
     *host = NULL;
+    if (!(options->heal_share >= 0.0 && options->heal_share <= 0.9))
+        return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "heal_share is %g; it must be 0 to 0.9",
+                        options->heal_share);
     if (options->name == NULL || strlen(options->name) >= KVL_SLOT_NAME_MAX)
         return KVL_FAIL(error, KVL_ERR_INVALID, "the host's name must have 1 to %u bytes",
                         KVL_SLOT_NAME_MAX - 1);
@@ -147,6 +151,7 @@ kvl_status kvl_host_create(const kvl_host_options *options, kvl_host **host, kvl
     made->clock = kvl_clock_system();
     (void)pthread_mutex_init(&made->seen.lock, NULL);
     made->segment_dtype = options->segment_dtype;
+    made->heals.share = options->heal_share;
     made->rates = host_first_rates();
     made->stream = options->stream;
     made->stream_context = options->stream_context;
@@ -277,6 +282,13 @@ static kvl_status fill_status(kvl_host *host, Kvloom__V1__StatusReply *status, k
     status->heals_failed = heals->n_failed;
     status->healed_tokens = heals->n_tokens;
     status->differed_tokens = heals->n_differed;
+    status->heal_beside_ms = kvl_ns_to_ms(heals->beside_ns);
+    status->tasks_moved = host->waiting.n_moved;
+    kvl_tier_stats memory = {0};
+    host->memory->ops->stats(host->memory, &memory);
+    status->store_hits = store.hits;
+    status->memory_hits = memory.hits;
+    status->memory_misses = memory.misses;
     return quality_fill_status(&host->quality, status, error);
 }
 
@@ -348,18 +360,32 @@ static bool heal_when_idle(kvl_host *host)
     return has_more;
 }
 
-/* Heals where there is nothing else to do; true while some of that is left. */
+/* Between two steps of the service. Heals where there is nothing else to do, and its share beside
+ * steps and tasks; true while some of it is left. */
 static bool do_waiting_tasks(void *context, bool is_idle)
 {
     kvl_host *host = context;
+    const int64_t start = kvl_clock_now(host->clock);
+    int64_t worked_ns = host->left_ns == 0 || is_idle ? 0 : start - host->left_ns;
     while (!host->stopping) {
         waiting_task *task = waiting_next(host, false);
-        if (task == NULL) return is_idle && heal_when_idle(host);
+        if (task == NULL) break;
+        const int64_t before = kvl_clock_now(host->clock);
         do_task(host, task);
         waiting_task_destroy(task);
+        worked_ns += kvl_clock_now(host->clock) - before;
     }
-    kvl_service_stop(host->service);
-    return false;
+    if (host->stopping) {
+        kvl_service_stop(host->service);
+        return false;
+    }
+    if (!is_idle && host->heals.first != NULL) {
+        heal_beside(host, worked_ns);
+        host_show(host);
+    }
+    const bool has_more = is_idle ? heal_when_idle(host) : host->heals.first != NULL;
+    host->left_ns = kvl_clock_now(host->clock);
+    return has_more;
 }
 
 const kvl_model *kvl_host_model(const kvl_host *host)
@@ -386,8 +412,10 @@ void kvl_host_run(kvl_host *host)
             heals = heal_when_idle(host) && !atomic_load(&host->is_closed);
             continue;
         }
+        const int64_t before = kvl_clock_now(host->clock);
         do_task(host, task);
         waiting_task_destroy(task);
+        if (waiting_any(host)) heal_beside(host, kvl_clock_now(host->clock) - before);
         heals = host->heals.first != NULL;
     }
 }

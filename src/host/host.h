@@ -25,6 +25,7 @@ typedef struct kvl_host_options {
     kvl_engine_options engine;
     kvl_anchor_options anchors;
     kvl_kv_dtype segment_dtype; /* of segments that this host publishes */
+    double heal_share;          /* of the engine's time for healing while others wait; 0 .. 0.9 */
     /* With a service (host/service.h) its answers and this host's tasks share the engine thread:
      * a task runs between two steps. NULL: none. */
     const kvl_scheduler_options *scheduler;
@@ -38,7 +39,8 @@ typedef struct kvl_host_options {
     uint8_t tenant_key[KVL_TENANT_KEY_BYTES];
 } kvl_host_options;
 
-/* Everything off but the sizes: 4 GiB of store, 1 GiB of memory, int8 segments; 5 % are audited. */
+/* Everything off but the sizes: 4 GiB of store, 1 GiB of memory, int8 segments; 5 % are audited; healing has 10 %
+ * beside other work. */
 kvl_host_options kvl_host_default_options(void);
 
 typedef struct kvl_host kvl_host;

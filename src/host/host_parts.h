@@ -44,6 +44,8 @@ typedef struct reference {
 /* What other threads may look at: a copy, filled by the engine thread. */
 typedef struct host_seen {
     pthread_mutex_t lock;
+    int64_t heal_beside_ns;
+    uint64_t n_moved;
     uint64_t n_waiting, n_healed, n_dropped, n_failed, n_tokens, n_differed;
     uint64_t n_gated, n_healed_first, n_audits, n_audits_skipped;
     uint32_t n_rows;
@@ -88,6 +90,7 @@ struct kvl_host {
     heal_queue heals;
     quality_book quality;
     host_seen seen;
+    int64_t left_ns; /* when work between two steps of the service was last over */
     bool stopping;
     _Atomic bool is_closed; /* kvl_host_stop: what waits is not healed any more */
 };

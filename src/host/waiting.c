@@ -179,7 +179,7 @@ static uint32_t choose(kvl_host *host)
     return (uint32_t)kvl_order_first(&waiting->options, items, n, kvl_clock_now(host->clock));
 }
 
-waiting_task *waiting_next(kvl_host *host, bool waits)
+static void take_all_in(kvl_host *host, bool waits)
 {
     waiting_tasks *waiting = &host->waiting;
     while (waiting->n < KVL_HOST_TASKS_MAX) {
@@ -188,6 +188,18 @@ waiting_task *waiting_next(kvl_host *host, bool waits)
         if (task == NULL) break;
         take_in(host, task);
     }
+}
+
+bool waiting_any(kvl_host *host)
+{
+    take_all_in(host, false);
+    return host->waiting.n > 0;
+}
+
+waiting_task *waiting_next(kvl_host *host, bool waits)
+{
+    waiting_tasks *waiting = &host->waiting;
+    take_all_in(host, waits);
     if (waiting->n == 0) return NULL;
     const uint32_t at = choose(host);
     waiting_task *task = waiting->items[at];

@@ -62,6 +62,8 @@ KVL_MUST_USE kvl_status waiting_push(struct kvl_host *host, uint64_t id, const v
 /* The next one; ended with waiting_task_destroy. NULL: none came; with `waits`, the queue is closed
  * and all is done. */
 waiting_task *waiting_next(struct kvl_host *host, bool waits);
+/* Whether any wait. */
+bool waiting_any(struct kvl_host *host);
 void waiting_task_destroy(waiting_task *task);
 
 /* What a prompt saves now, by the indices of tree, store and exchange. */
