@@ -4,6 +4,7 @@
 #include "cli/eval.h"
 
 #include <argp.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum {
@@ -61,33 +62,31 @@ static bool has_name(const char *list, const char *name)
     return false;
 }
 
-static void check_scenarios(const char *list, struct argp_state *state)
+static const char *scenario_name(uint32_t at)
 {
-    char *copy = kvl_strdup(list);
-    char *rest = NULL;
-    if (copy == NULL) argp_failure(state, KVL_EXIT_FAILED, 0, "no memory for the scenarios");
-    for (char *name = strtok_r(copy, ",", &rest); name != NULL; name = strtok_r(NULL, ",", &rest)) {
-        uint32_t s = 0;
-        while (eval_scenarios[s].name != NULL && strcmp(eval_scenarios[s].name, name) != 0) s++;
-        if (eval_scenarios[s].name == NULL)
-            argp_error(state,
-                       "--scenarios has '%s'; there are needle3, needle6, needle12, cut6, "
-                       "edited6, read6, open6 and agents5",
-                       name);
-    }
-    kvl_free(copy);
+    return eval_scenarios[at].name;
 }
 
-static void check_policies(const char *list, struct argp_state *state)
+static const char *policy_name(uint32_t at)
+{
+    return eval_policies[at].name;
+}
+
+/* Every name of a list must be one that name_of gives before it gives NULL. */
+static void check_names(const char *option, const char *list, const char *(*name_of)(uint32_t),
+                        struct argp_state *state)
 {
     char *copy = kvl_strdup(list);
     char *rest = NULL;
-    if (copy == NULL) argp_failure(state, KVL_EXIT_FAILED, 0, "no memory for the policies");
+    if (copy == NULL) argp_failure(state, KVL_EXIT_FAILED, 0, "no memory for %s", option);
     for (char *name = strtok_r(copy, ",", &rest); name != NULL; name = strtok_r(NULL, ",", &rest)) {
-        uint32_t p = 0;
-        while (eval_policies[p].name != NULL && strcmp(eval_policies[p].name, name) != 0) p++;
-        if (eval_policies[p].name == NULL)
-            argp_error(state, "--policies has '%s', which the table does not name", name);
+        uint32_t at = 0;
+        while (name_of(at) != NULL && strcmp(name_of(at), name) != 0) at++;
+        if (name_of(at) != NULL) continue;
+        (void)fprintf(stderr, "kvloom: %s has '%s'; there are", option, name);
+        for (at = 0; name_of(at) != NULL; at++) (void)fprintf(stderr, " %s", name_of(at));
+        (void)fprintf(stderr, "\n");
+        exit(KVL_EXIT_USAGE);
     }
     kvl_free(copy);
 }
@@ -111,11 +110,11 @@ static error_t parse(int key, char *text, struct argp_state *state)
     case OPTION_SAVE: wanted->save = text; return 0;
     case OPTION_FROM: wanted->from = text; return 0;
     case OPTION_SCENARIOS:
-        check_scenarios(text, state);
+        check_names("--scenarios", text, scenario_name, state);
         wanted->scenarios = text;
         return 0;
     case OPTION_POLICIES:
-        check_policies(text, state);
+        check_names("--policies", text, policy_name, state);
         wanted->policies = text;
         return 0;
     case OPTION_QUICK: wanted->is_quick = true; return 0;
@@ -216,6 +215,8 @@ static eval_record record_of(const eval_prompt *prompt, const Kvloom__V1__RunRep
     for (size_t p = 0; p < reply->n_parts; p++) record.placed += reply->parts[p]->blended;
     record.recomputed = record.placed > 0.0 ? reply->recomputed / record.placed : 0.0;
     record.corrected = reply->corrected;
+    record.drafted = reply->drafted;
+    record.draft_kept = reply->draft_kept;
     record.healed_first = reply->gated && reply->healed_first ? 1.0 : 0.0;
     record.passed = reply->gated && !reply->healed_first ? 1.0 : 0.0;
     record.passed_right = record.passed * record.exact;
@@ -276,8 +277,9 @@ static kvl_status compare(evaluation *e, uint32_t s, uint32_t index, eval_prompt
     Kvloom__V1__RunReply *full = NULL;
     kvl_status status = KVL_OK;
     for (uint32_t p = 0; eval_policies[p].name != NULL && status == KVL_OK; p++) {
-        if (e->wanted->is_quick && !eval_policies[p].is_quick) continue;
         if (!has_name(e->wanted->policies, eval_policies[p].name)) continue;
+        if (e->wanted->policies == NULL && e->wanted->is_quick && !eval_policies[p].is_quick)
+            continue;
         if (kind == EVAL_AGENTS && eval_policies[p].is_gated) continue;
         const bool is_first = full == NULL;
         const bool is_own = kind == EVAL_EDITED || eval_policies[p].is_gated;

@@ -12,8 +12,8 @@ enum {
     EVAL_POOL = 24,
     EVAL_PIECES_MAX = 2 * EVAL_CHUNKS_MAX + 8,
     EVAL_NEEDLE_MAX = 32,
-    EVAL_POLICIES_MAX = 24,
-    EVAL_SCENARIOS_MAX = 12
+    EVAL_POLICIES_MAX = 40,
+    EVAL_SCENARIOS_MAX = 16
 };
 
 /* ---- texts ---- */
@@ -34,7 +34,9 @@ void eval_corpus_deinit(eval_corpus *corpus);
 /* ---- prompts ---- */
 
 typedef enum eval_kind {
-    EVAL_NEEDLE, /* one chunk states the fact that is asked for; every other states another one */
+    EVAL_NEEDLE, /* one chunk states the fact that is asked for; every other states another one.
+                    The answer's beginning is given, up to the fact itself */
+    EVAL_ASKED,  /* as NEEDLE, but the model words its answer itself */
     EVAL_CUT,    /* the fact is cut between two chunks that stand side by side */
     EVAL_EDITED, /* as NEEDLE, but the chunk with the fact was read with another number in it */
     EVAL_READ,   /* nothing is planted: a word of one of the texts is asked for */
@@ -121,6 +123,7 @@ typedef struct eval_record {
     uint32_t prompt;           /* unique among all scenarios */
     double kl, top1, exact, right, placed, recomputed, corrected, ttft_ms, full_ttft_ms;
     double passed, healed_first; /* the gate: let it pass, or not; 0 where it was not asked */
+    double drafted, draft_kept;  /* tokens of a drafted answer, and those that the answer has */
     double passed_right;         /* passed, and what full prefill says */
     double tpot_ms, refreshed;   /* time of a token of the answer; stale ones that were refreshed */
     double work; /* of full prefill's time computing, what scoring and computing took */

@@ -29,6 +29,8 @@ static const member members[] = {
     {"healed_first", offsetof(eval_record, healed_first), false},
     {"passed_right", offsetof(eval_record, passed_right), false},
     {"work", offsetof(eval_record, work), false},
+    {"drafted", offsetof(eval_record, drafted), true},
+    {"draft_kept", offsetof(eval_record, draft_kept), true},
     {"tpot_ms", offsetof(eval_record, tpot_ms), true},
     {"refreshed", offsetof(eval_record, refreshed), true},
 };

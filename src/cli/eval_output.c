@@ -9,7 +9,8 @@ enum {
     OPEN = 1U << EVAL_OPEN,
     AGENTS = 1U << EVAL_AGENTS,
     EDITED = 1U << EVAL_EDITED,
-    CHUNKS = FACTS | EDITED | READ | OPEN,
+    ASKED = 1U << EVAL_ASKED,
+    CHUNKS = FACTS | EDITED | READ | OPEN | ASKED,
     ALL = CHUNKS | AGENTS
 };
 
@@ -30,6 +31,9 @@ static const figure figures[] = {
     {"read_balanced", BALANCED, NULL, READ, offsetof(eval_record, right)},
     {"facts_full", "full", NULL, FACTS, offsetof(eval_record, right)},
     {"facts_balanced", BALANCED, NULL, FACTS, offsetof(eval_record, right)},
+    {"em_balanced_asked", BALANCED, NULL, ASKED, offsetof(eval_record, exact)},
+    {"asked_full", "full", NULL, ASKED, offsetof(eval_record, right)},
+    {"asked_balanced", BALANCED, NULL, ASKED, offsetof(eval_record, right)},
     {"edited_full", "full", NULL, EDITED, offsetof(eval_record, right)},
     {"edited_balanced", BALANCED, NULL, EDITED, offsetof(eval_record, right)},
     {"acc_pooled_balanced", BALANCED, NULL, FACTS | READ, offsetof(eval_record, right)},

@@ -76,12 +76,20 @@ KVL_MUST_USE kvl_status kvl_session_compute_attending(kvl_session *session,
                                                       const uint32_t *positions, uint32_t n,
                                                       uint32_t n_logits, float *logits, float *mass,
                                                       kvl_error *error);
-/* Computes the tokens at `positions` [n] in layers 0 and 1 only, and says how far each is from the
- * KV that was there: |dK|^2 + |dV|^2 in layer 1, keys before rotation.
+
+typedef struct kvl_deviation_check {
+    uint32_t layer;   /* of the model; the layers up to it are computed */
+    bool values_only; /* |dV|^2; else |dK|^2 + |dV|^2, keys before rotation */
+} kvl_deviation_check;
+
+/* Computes the tokens at `positions` [n] up to a layer only, and says how far each is there from
+ * the KV that was there before.
  * deviation  [kvl_session_n_tokens], by position; 0 where nothing was computed
  * Errors   as above */
-KVL_MUST_USE kvl_status kvl_session_deviation(kvl_session *session, const uint32_t *positions,
-                                              uint32_t n, float *deviation, kvl_error *error);
+KVL_MUST_USE kvl_status kvl_session_deviation(kvl_session *session,
+                                              const kvl_deviation_check *check,
+                                              const uint32_t *positions, uint32_t n,
+                                              float *deviation, kvl_error *error);
 
 /* Appends ids without KV; more pages are had where needed. Errors as kvl_session_begin. */
 KVL_MUST_USE kvl_status kvl_session_append(kvl_session *session, const uint32_t *ids, uint32_t n,

@@ -39,8 +39,8 @@ typedef struct kvl_host_options {
     uint8_t tenant_key[KVL_TENANT_KEY_BYTES];
 } kvl_host_options;
 
-/* Everything off but the sizes: 4 GiB of store, 1 GiB of memory, int8 segments; 5 % are audited; healing has 10 %
- * beside other work. */
+/* Everything off but the sizes: 4 GiB of store, 1 GiB of memory, int8 segments; 5 % are audited,
+ * and healing has 10 % of the time beside other work. */
 kvl_host_options kvl_host_default_options(void);
 
 typedef struct kvl_host kvl_host;

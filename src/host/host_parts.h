@@ -114,6 +114,9 @@ typedef struct run_part {
     kvl_plan_step step; /* what the planner chose */
 } run_part;
 
+/* Tokens of a drafted answer at most. */
+enum { RUN_DRAFT_MAX = 12 };
+
 typedef struct run {
     kvl_host *host;
     const Kvloom__V1__RunTask *task;
@@ -131,6 +134,8 @@ typedef struct run {
     uint32_t *positions;             /* [n_ids] scratch: what is computed */
     const kvl_select_policy *select; /* NULL: nothing is blended */
     uint32_t n_recomputed, n_corrected;
+    uint32_t draft[RUN_DRAFT_MAX]; /* what the answer may begin with */
+    uint32_t n_draft, n_draft_kept;
     uint32_t n_read; /* slots computed at home */
     bool is_verified;
     /* What the gate and audits need to know of the answer; sent.tokens is NULL where none asks. */
@@ -233,6 +238,16 @@ KVL_MUST_USE kvl_status run_fill(run *r, bool with_anchors, kvl_error *error);
 /* Adds to the positions that are computed [*n, ascending, in r->positions] those of blended parts
  * that the run's policy chooses. Nothing happens without blended parts. */
 KVL_MUST_USE kvl_status run_select(run *r, uint32_t *n, kvl_error *error);
+/* Two ascending lists into one, `all`, which has room for both; a position in both comes once. How
+ * many. */
+uint32_t run_merge(const uint32_t *computed, uint32_t n_computed, const uint32_t *chosen,
+                   uint32_t n_chosen, uint32_t *all);
+
+/* host/draft.c: drafts the beginning of the answer, which stays in the run, over what is placed.
+ * The rows in `positions` are computed on the way.
+ * scores   [n_ids] the attention of the draft's rows, by position */
+KVL_MUST_USE kvl_status run_draft(run *r, const kvl_select_run *runs, size_t n_runs,
+                                  uint32_t n_computed, float *scores, kvl_error *error);
 
 /* host/refresh.c: refreshing the run's stale tokens while it decodes (host/refresh.h), where the
  * task asks for it: made ready behind run_fill; the `compute` of kvl_decode_options; and what the

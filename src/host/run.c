@@ -65,6 +65,8 @@ static kvl_status decode(run *r, bool is_full, kvl_error *error)
     kvl_host *host = r->host;
     const kvl_decode_options options = {
         .max_tokens = r->task->max_tokens,
+        .guess = r->draft,
+        .n_guess = is_full ? 0 : r->n_draft,
         .keep_last = !is_full,
         .drawn = is_full ? keep_reference : watch,
         .compute = is_full || r->task->refresh == 0 ? NULL : run_decode_row,
@@ -72,7 +74,7 @@ static kvl_status decode(run *r, bool is_full, kvl_error *error)
     };
     r->first_token_ns = kvl_clock_now(host->clock);
     KVL_TRY(kvl_decode(r->session, host->engine, &options, host->logits, &r->n_answer, &r->ended,
-                       error));
+                       &r->n_draft_kept, error));
     r->end_ns = kvl_clock_now(host->clock);
     const kvl_digest nothing = {{0}};
     r->answer_home =
@@ -350,6 +352,8 @@ static kvl_status fill_reply(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
     reply->wait_ms = kvl_ns_to_ms(r->wait_ns);
     reply->recomputed = r->n_recomputed;
     reply->corrected = r->n_corrected;
+    reply->drafted = r->n_draft;
+    reply->draft_kept = r->n_draft_kept;
     reply->verified = r->is_verified || r->is_exact;
     reply->exact = r->is_exact;
     reply->healing = r->is_healing;

@@ -412,49 +412,51 @@ void kvl_session_load_end(kvl_session *session, kvl_load_times *times)
 
 /* ---- deviation ---- */
 
-enum { CHECK_LAYER = 1 };
+/* What a comparison of KV before and after a pass needs. */
+typedef struct deviating {
+    kvl_session *session;
+    kvl_deviation_check check;
+    size_t width;          /* floats of a row's keys, and of its values */
+    float *before, *after; /* [2][KVL_FORWARD_ROWS_MAX][width]: keys, then values */
+} deviating;
 
 static bool stop_at_check_layer(void *context, uint32_t layer, uint32_t row_first, uint32_t n_rows)
 {
-    (void)context;
+    const deviating *d = context;
     (void)row_first;
     (void)n_rows;
-    return layer == CHECK_LAYER;
+    return layer == d->check.layer;
 }
 
-/* Rows of the check layer: keys, then values, [n][n_kv_heads][head_dim] each. */
-static void read_check_layer(kvl_session *session, const uint32_t *positions, uint32_t n,
-                             uint32_t *slots, float *rows)
+static void read_check_layer(const deviating *d, const uint32_t *positions, uint32_t n, float *rows)
 {
-    const kvl_model_shape *shape = session->engine->shape;
-    for (uint32_t i = 0; i < n; i++) slots[i] = kvl_session_slot(session, positions[i]);
+    uint32_t *slots = d->session->slots;
+    for (uint32_t i = 0; i < n; i++) slots[i] = kvl_session_slot(d->session, positions[i]);
     const kvl_place_tokens_view tokens = {n, positions, slots};
-    const kvl_place_target target = target_of(session);
+    const kvl_place_target target = target_of(d->session);
     const kvl_status status =
-        kvl_extract_tokens(&target, CHECK_LAYER, &tokens, rows,
-                           rows + (size_t)n * shape->n_kv_heads * shape->head_dim, NULL);
+        kvl_extract_tokens(&target, d->check.layer, &tokens, rows, rows + n * d->width, NULL);
     KVL_ASSERT(status == KVL_OK);
 }
 
 /* One cut of the forward pass: a walk that stops ends all of its cuts. */
-static kvl_status deviate(kvl_session *session, const uint32_t *positions, uint32_t n,
-                          float *before, float *after, float *deviation, kvl_error *error)
+static kvl_status deviate(deviating *d, const uint32_t *positions, uint32_t n, float *deviation,
+                          kvl_error *error)
 {
-    const size_t width =
-        (size_t)session->engine->shape->n_kv_heads * session->engine->shape->head_dim;
-    read_check_layer(session, positions, n, session->slots, before);
+    read_check_layer(d, positions, n, d->before);
     kvl_attention_path path;
-    kvl_forward_batch batch = batch_of(session, positions, n, &path);
+    kvl_forward_batch batch = batch_of(d->session, positions, n, &path);
     batch.after_layer = stop_at_check_layer;
-    const kvl_status status = kvl_forward_run(session->engine->forward, &batch, error);
+    batch.context = d;
+    const kvl_status status = kvl_forward_run(d->session->engine->forward, &batch, error);
     if (status != KVL_ERR_CANCELLED && status != KVL_OK) return status;
-    read_check_layer(session, positions, n, session->slots, after);
+    read_check_layer(d, positions, n, d->after);
     for (uint32_t i = 0; i < n; i++) {
         float sum = 0.0F;
-        for (size_t half = 0; half < 2; half++) {
-            const size_t at = (half * n + i) * width;
-            for (size_t d = 0; d < width; d++) {
-                const float away = after[at + d] - before[at + d];
+        for (size_t half = d->check.values_only ? 1 : 0; half < 2; half++) {
+            const size_t at = (half * n + i) * d->width;
+            for (size_t k = 0; k < d->width; k++) {
+                const float away = d->after[at + k] - d->before[at + k];
                 sum += away * away;
             }
         }
@@ -463,24 +465,28 @@ static kvl_status deviate(kvl_session *session, const uint32_t *positions, uint3
     return KVL_OK;
 }
 
-kvl_status kvl_session_deviation(kvl_session *session, const uint32_t *positions, uint32_t n,
-                                 float *deviation, kvl_error *error)
+kvl_status kvl_session_deviation(kvl_session *session, const kvl_deviation_check *check,
+                                 const uint32_t *positions, uint32_t n, float *deviation,
+                                 kvl_error *error)
 {
+    const kvl_model_shape *shape = session->engine->shape;
+    KVL_ASSERT(check->layer < shape->n_layers);
     memset(deviation, 0, session->n_ids * sizeof *deviation);
-    /* Its own hook stops the walk: the two layers that it looks at are loaded before. */
-    if (session->pieces != NULL) kvl_loader_wait(session->engine->loader, CHECK_LAYER);
-    const size_t width =
-        (size_t)session->engine->shape->n_kv_heads * session->engine->shape->head_dim;
-    float *rows = kvl_alloc_zero(4 * KVL_FORWARD_ROWS_MAX * width, sizeof *rows);
-    if (rows == NULL)
+    /* Its own hook stops the walk: the layers that it looks at are loaded before. */
+    if (session->pieces != NULL) kvl_loader_wait(session->engine->loader, check->layer);
+    deviating d = {session, *check, (size_t)shape->n_kv_heads * shape->head_dim, NULL, NULL};
+    const size_t n_floats = 2 * KVL_FORWARD_ROWS_MAX * d.width;
+    d.before = kvl_alloc_zero(2 * n_floats, sizeof *d.before);
+    if (d.before == NULL)
         return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to compare %u tokens", n);
+    d.after = d.before + n_floats;
     kvl_status status = KVL_OK;
     for (uint32_t first = 0; first < n && status == KVL_OK; first += KVL_FORWARD_ROWS_MAX) {
         const uint32_t left = n - first;
-        status = deviate(session, positions + first,
-                         left < KVL_FORWARD_ROWS_MAX ? left : KVL_FORWARD_ROWS_MAX, rows,
-                         rows + 2 * KVL_FORWARD_ROWS_MAX * width, deviation, error);
+        status =
+            deviate(&d, positions + first,
+                    left < KVL_FORWARD_ROWS_MAX ? left : KVL_FORWARD_ROWS_MAX, deviation, error);
     }
-    kvl_free(rows);
+    kvl_free(d.before);
     return status;
 }
