@@ -5,16 +5,18 @@
 
 kvl_order_options kvl_order_default_options(void)
 {
-    return (kvl_order_options){.per_second = 1.0, .gain_max = 8.0};
+    return (kvl_order_options){.per_second = 1.0, .gain_max = 8.0, .near_max = 4.0};
 }
 
 double kvl_order_priority(const kvl_order_options *options, const kvl_order_item *item,
                           int64_t now_ns)
 {
     const double remaining = item->n_remaining > 0 ? (double)item->n_remaining : 1.0;
-    const double gain = (item->n_saved + item->n_near) / remaining;
+    const double gain = item->n_saved / remaining;
+    const double near = item->n_near / (item->n_saved + remaining);
     const double waited = (double)(now_ns - item->arrived_ns) / (double)KVL_NS_PER_S;
-    return (gain < options->gain_max ? gain : options->gain_max) + options->per_second * waited;
+    return (gain < options->gain_max ? gain : options->gain_max) +
+           options->near_max * (near < 1.0 ? near : 1.0) + options->per_second * waited;
 }
 
 size_t kvl_order_first(const kvl_order_options *options, const kvl_order_item *items, size_t n,

@@ -1,10 +1,11 @@
 /* host/order.h: which of those that wait goes first.
  *
  * Priority = gain + per_second * waited. The gain is what is saved for each token that must still
- * be computed: n_saved / n_remaining, with what the one before it has just loaded counted once
- * more, so that those with one donor, segment or prefix run beside each other; never more than
- * gain_max. So nobody starves: who has waited gain_max / per_second seconds longer than another
- * goes before it, whatever the other saves. Among equal gains the first to come is the first.
+ * be computed, n_saved / n_remaining, up to gain_max; and, so that those with one donor, segment or
+ * prefix run beside each other, near_max times the share of the prompt that the one before it has
+ * just loaded. So nobody starves: who has waited (gain_max + near_max) / per_second seconds longer
+ * than another goes before it, whatever the other saves. Among equal gains the first to come is the
+ * first.
  * Estimates come from indices: no KV is loaded to make them.
  * Method   KVShare's cache-aware scheduling (arXiv:2503.16525), with ageing
  * Pure.    Threads  Safe from any thread. */
@@ -16,11 +17,11 @@
 
 typedef struct kvl_order_options {
     double per_second; /* of waiting; above 0 */
-    double gain_max;
+    double gain_max, near_max;
 } kvl_order_options;
 
-/* A second of waiting counts as much as saving a token for each one computed; at most 8: a request
- * is overtaken for 8 seconds by those that come later. */
+/* A second of waiting counts as much as saving a token for each one computed. At most 8, and 4 for
+ * what is near: a request is overtaken for 12 seconds by those that come later. */
 kvl_order_options kvl_order_default_options(void);
 
 typedef struct kvl_order_item {

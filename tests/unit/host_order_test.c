@@ -35,7 +35,8 @@ static void test_nobody_starves(void **state)
         options.per_second = 0.05 + (double)kvl_test_below(&random, 100) / 20.0;
         options.gain_max = 1.0 + kvl_test_below(&random, 16);
         const int64_t task_ns = (1 + kvl_test_below(&random, 1000)) * KVL_NS_PER_MS;
-        const double longest_s = options.gain_max / options.per_second;
+        options.near_max = kvl_test_below(&random, 8);
+        const double longest_s = (options.gain_max + options.near_max) / options.per_second;
         kvl_order_item items[WAITING_MAX];
         size_t n = 0;
         int64_t now = 0;
@@ -101,7 +102,7 @@ static void test_equal_gains_go_as_they_came(void **state)
 static void test_gains_and_waiting_are_weighed(void **state)
 {
     (void)state;
-    const kvl_order_options options = {.per_second = 0.5, .gain_max = 8.0};
+    const kvl_order_options options = {.per_second = 0.5, .gain_max = 8.0, .near_max = 2.0};
     kvl_order_item items[2] = {
         {.n_saved = 0.0, .n_remaining = 100, .arrived_ns = 0, .number = 0},
         {.n_saved = 300.0, .n_remaining = 100, .arrived_ns = 5 * KVL_NS_PER_S, .number = 1},
@@ -109,11 +110,17 @@ static void test_gains_and_waiting_are_weighed(void **state)
     assert_int_equal(kvl_order_first(&options, items, 2, 5 * KVL_NS_PER_S), 1);
     items[1].arrived_ns = 7 * KVL_NS_PER_S;
     assert_int_equal(kvl_order_first(&options, items, 2, 7 * KVL_NS_PER_S), 0);
-    items[0].n_near = 100.0;
+    /* What was just loaded counts by its share of the prompt, beside what is saved. */
     items[1].arrived_ns = 3 * KVL_NS_PER_S;
     assert_int_equal(kvl_order_first(&options, items, 2, 3 * KVL_NS_PER_S), 1);
+    items[0].n_near = 90.0;
+    assert_int_equal(kvl_order_first(&options, items, 2, 3 * KVL_NS_PER_S), 0);
+    items[1].n_near = 300.0;
+    assert_int_equal(kvl_order_first(&options, items, 2, 3 * KVL_NS_PER_S), 1);
     items[1].n_remaining = 0; /* as one */
-    assert_true(kvl_order_priority(&options, &items[1], 3 * KVL_NS_PER_S) == options.gain_max);
+    items[1].n_near = 1e9;
+    assert_true(kvl_order_priority(&options, &items[1], 3 * KVL_NS_PER_S) ==
+                options.gain_max + options.near_max);
 }
 
 /* ---- a load of repeated chunks over a small memory ---- */
@@ -193,8 +200,8 @@ static void test_shared_donors_hit_a_small_memory_more_often(void **state)
         uint64_t ignored = 0, longest = 0;
         fifo += hit_rate(donors, true, &ignored) / 10.0;
         ordered += hit_rate(donors, false, &longest) / 10.0;
-        /* 8 s of 300 ms each, and all that may wait at once. */
-        assert_true(longest <= 27 + WAIT_AT_ONCE);
+        /* 12 s of 300 ms each, and all that may wait at once. */
+        assert_true(longest <= 40 + WAIT_AT_ONCE);
     }
     (void)printf("hit rate as they came %.3f, those first that save most %.3f\n", fifo, ordered);
     assert_true(ordered > 1.5 * fifo);
