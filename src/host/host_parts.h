@@ -106,6 +106,7 @@ typedef struct run_part {
     kvl_container *container; /* its KV at home, once it is had; a reference */
     bool is_aligned;          /* the container is another text's, with these tokens in it, */
     uint32_t container_first; /* from here on */
+    bool is_declined;         /* it could be loaded, but computing it is faster */
     bool is_missing;          /* an answer that was asked for and is not to be had */
     bool is_unhealed;         /* `container` is an answer whose own KV was approximate */
     char from[KVL_SLOT_NAME_MAX];
@@ -133,6 +134,7 @@ typedef struct run {
     uint32_t n_shared;
     uint32_t *positions;             /* [n_ids] scratch: what is computed */
     const kvl_select_policy *select; /* NULL: nothing is blended */
+    kvl_select_policy widened;       /* what `select` is where more is computed again for free */
     uint32_t n_recomputed, n_corrected;
     uint32_t draft[RUN_DRAFT_MAX]; /* what the answer may begin with */
     uint32_t n_draft, n_draft_kept;
@@ -221,6 +223,8 @@ KVL_MUST_USE kvl_status run_measure_anchors(run *r, kvl_error *error);
 /* host/reuse.c */
 /* Moves a measured rate towards amount / ms. */
 void host_learn_rate(double *rate, double amount, double ms);
+/* Bytes of KV of a token as segments are kept here. */
+double host_bytes_of_token(const kvl_host *host);
 /* What the planner believes before anything was measured here. */
 kvl_plan_rates host_first_rates(void);
 /* Whether KV at home goes straight into pages while the first layers are computed. */

@@ -216,6 +216,7 @@ static void fill_part(const run *r, const run_part *part, Kvloom__V1__PartReport
     report->distance = part->match.distance;
     const char *reason = part->step.reason == NULL ? "" : part->step.reason;
     if (part->is_aligned) reason = "these tokens stand in another text that was read";
+    if (part->is_declined && n_reused == 0) reason = "cheaper to compute than to load";
     if (part->is_missing) reason = "its segment was not to be had: computed";
     report->reason = (char *)(uintptr_t)reason;
 }

@@ -99,15 +99,6 @@ static bool has_segment(const waiting_prompt *prompt, const kvl_digest *id)
     return false;
 }
 
-static double bytes_of_token(const kvl_host *host)
-{
-    const kvl_model_shape *s = host->engine->shape;
-    const double width = host->segment_dtype == KVL_KV_F32    ? 4.0
-                         : host->segment_dtype == KVL_KV_INT8 ? 1.0
-                                                              : 2.0;
-    return 2.0 * s->n_layers * s->n_kv_heads * s->head_dim * width;
-}
-
 /* Of computing a token, what having it from where it is saves, 0 .. 1. */
 static double share_saved(kvl_host *host, const kvl_digest *id)
 {
@@ -115,9 +106,9 @@ static double share_saved(kvl_host *host, const kvl_digest *id)
     double ms = 1.0 / rates->place_tokens_per_ms;
     if (!host->memory->ops->has(host->memory, id)) {
         if (host->store->ops->has(host->store, id))
-            ms += bytes_of_token(host) / rates->local_bytes_per_ms;
+            ms += host_bytes_of_token(host) / rates->disk_bytes_per_ms;
         else if (kvl_exchange_was_announced(host->exchange, id))
-            ms += bytes_of_token(host) / rates->fetch_bytes_per_ms;
+            ms += host_bytes_of_token(host) / rates->fetch_bytes_per_ms;
         else
             return 0.0;
     }

@@ -17,6 +17,11 @@
 
 #include "host_run_case.h"
 
+/* The case has a function of this name, the room a type. */
+#define run room_run
+#include "host/host_parts.h"
+#undef run
+
 enum { WAITERS = 3 };
 
 typedef struct waiter {
@@ -106,11 +111,75 @@ static void test_other_tasks_stay_where_they_came(void **state)
     for (int i = 0; i < WAITERS; i++) assert_int_equal(waiters[i].place, i);
 }
 
+/* ---- loading, by the rates that were measured ---- */
+
+/* A host that computes faster than anything could be loaded neither fetches nor places a text that
+ * its peer has; one that does not, does. */
+static void test_what_is_faster_to_compute_is_not_loaded(void **state)
+{
+    fixture *f = *state;
+    for (int is_fast = 0; is_fast < 2; is_fast++) {
+        stop_host(f, 1);
+        wait_until(f, 1, false);
+        create_host(f, 1);
+        wait_until(f, 1, true);
+        if (is_fast) {
+            f->hosts[1]->rates.prefill_ms_per_token = 1e-6;
+            f->hosts[1]->rates.prefill_ms_per_square_token = 0.0;
+        }
+        assert_int_equal(pthread_create(&f->threads[1], NULL, run_host, f->hosts[1]), 0);
+        const asked what = {.question = questions[1 + is_fast],
+                            .mode = KVLOOM__V1__MODE__MODE_REUSE,
+                            .select = "sink8",
+                            .is_plain = true};
+        kvloom__v1__host_reply__free_unpacked(run(f, 0, &what), NULL);
+        Kvloom__V1__HostReply *reply = run(f, 1, &what);
+        const Kvloom__V1__PartReport *slot = reply->run->parts[1];
+        assert_string_equal(slot->slot, "question");
+        assert_int_equal(slot->blended > 0, !is_fast);
+        assert_int_equal(slot->fetched_bytes > 0, !is_fast);
+        if (is_fast) assert_string_equal(slot->reason, "cheaper to compute than to load");
+        kvloom__v1__host_reply__free_unpacked(reply, NULL);
+    }
+}
+
+/* Where loading is slow, but not as slow as computing, more is computed again beside it. */
+static void test_more_is_computed_again_where_loading_is_slow(void **state)
+{
+    fixture *f = *state;
+    uint32_t n_recomputed[2] = {0, 0};
+    for (int is_slow = 0; is_slow < 2; is_slow++) {
+        stop_host(f, 1);
+        wait_until(f, 1, false);
+        create_host(f, 1);
+        wait_until(f, 1, true);
+        f->hosts[1]->rates.prefill_ms_per_token = 10.0;
+        f->hosts[1]->rates.place_tokens_per_ms = is_slow ? 0.2 : 1e6;
+        assert_int_equal(pthread_create(&f->threads[1], NULL, run_host, f->hosts[1]), 0);
+        const asked what = {.question = questions[1 + is_slow],
+                            .mode = KVLOOM__V1__MODE__MODE_REUSE,
+                            .quality = KVLOOM__V1__QUALITY__QUALITY_FAST,
+                            .select = "", /* as the quality says: sink8 */
+                            .is_plain = true};
+        kvloom__v1__host_reply__free_unpacked(run(f, 0, &what), NULL);
+        Kvloom__V1__HostReply *reply = run(f, 1, &what);
+        assert_true(reply->run->parts[1]->blended > 32);
+        n_recomputed[is_slow] = reply->run->recomputed;
+        kvloom__v1__host_reply__free_unpacked(reply, NULL);
+    }
+    assert_int_equal(n_recomputed[0], 8);
+    assert_true(n_recomputed[1] > 16);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_those_that_save_go_first, setup, teardown),
         cmocka_unit_test_setup_teardown(test_in_order_nobody_is_moved, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_what_is_faster_to_compute_is_not_loaded, setup,
+                                        teardown),
+        cmocka_unit_test_setup_teardown(test_more_is_computed_again_where_loading_is_slow, setup,
+                                        teardown),
         cmocka_unit_test_setup_teardown(test_other_tasks_stay_where_they_came, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
