@@ -181,6 +181,7 @@ void kvl_host_destroy(kvl_host *host)
     kvl_queue_destroy(host->tasks);
     kvl_service_destroy(host->service);
     heal_deinit(host);
+    plans_deinit(host);
     if (host->quality.path != NULL) host_save_quality(host);
     quality_deinit(&host->quality);
     kvl_anchor_pool_destroy(host->anchors);
@@ -313,6 +314,7 @@ static void do_task(kvl_host *host, const waiting_task *task)
     Kvloom__V1__RunReply ran = KVLOOM__V1__RUN_REPLY__INIT;
     Kvloom__V1__StatusReply state = KVLOOM__V1__STATUS_REPLY__INIT;
     Kvloom__V1__HealReply healing = KVLOOM__V1__HEAL_REPLY__INIT;
+    Kvloom__V1__PlanReply *plan = NULL;
     kvl_status status = KVL_OK;
     switch (asked == NULL ? KVLOOM__V1__HOST_TASK__WHAT__NOT_SET : asked->what_case) {
     case KVLOOM__V1__HOST_TASK__WHAT_RUN:
@@ -335,6 +337,11 @@ static void do_task(kvl_host *host, const waiting_task *task)
         answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_HEAL;
         answer.heal = &healing;
         break;
+    case KVLOOM__V1__HOST_TASK__WHAT_PLAN:
+        status = plans_find(host, asked->plan->request_id, &plan, &error);
+        answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_PLAN;
+        answer.plan = plan;
+        break;
     case KVLOOM__V1__HOST_TASK__WHAT_FORGET:
         status = forget(host, asked->forget, &answer.forgotten, &error);
         answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_FORGOTTEN;
@@ -351,6 +358,7 @@ static void do_task(kvl_host *host, const waiting_task *task)
     reply(host, task->id, status, &error, &answer);
     host_reply_deinit(&ran);
     quality_free_status(&state);
+    if (plan != NULL) kvloom__v1__plan_reply__free_unpacked(plan, NULL);
 }
 
 static bool heal_when_idle(kvl_host *host)

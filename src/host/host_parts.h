@@ -8,6 +8,7 @@
 #include "host/check.h"
 #include "host/heal.h"
 #include "host/host.h"
+#include "host/plans.h"
 #include "host/quality.h"
 #include "host/refresh.h"
 #include "host/waiting.h"
@@ -88,6 +89,7 @@ struct kvl_host {
     reference reference;
     kvl_plan_rates rates; /* measured on this host, refreshed by every run */
     heal_queue heals;
+    plan_book plans;
     quality_book quality;
     host_seen seen;
     int64_t left_ns; /* when work between two steps of the service was last over */
@@ -145,6 +147,8 @@ typedef struct run {
     float lowest_probability; /* of the likeliest token, over the answer */
     float *sent_logits;       /* [n_sent_logits][n_vocab] before the first tokens; NULL: no audit */
     uint32_t n_sent_logits;
+    uint32_t *again; /* [n_again] placed positions computed again before the first token; or NULL */
+    uint32_t n_again;
     uint32_t n_filled; /* positions that run_fill computed, in `positions` */
     float gate_score, gate_bar;
     bool is_gated, is_healed_first;

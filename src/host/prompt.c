@@ -153,5 +153,6 @@ void run_deinit(run *r)
     kvl_free(r->sent_logits);
     kvl_free(r->load_times);
     kvl_free(r->scores);
+    kvl_free(r->again);
     kvl_refresh_deinit(&r->refresh);
 }

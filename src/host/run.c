@@ -376,6 +376,22 @@ static kvl_status fill_reply(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
     return KVL_OK;
 }
 
+/* Placed positions that were computed again, for whoever asks how this request was had; without
+ * memory nobody is told. */
+static void note_again(run *r)
+{
+    if (r->n_recomputed == 0) return;
+    r->again = kvl_alloc_zero(r->n_filled, sizeof *r->again);
+    uint32_t p = 0;
+    for (uint32_t i = 0; i < r->n_filled && r->again != NULL; i++) {
+        const uint32_t at = r->positions[i];
+        while (at >= r->parts[p].first + r->parts[p].n_tokens) p++;
+        const kvl_plan_step *step = &r->parts[p].step;
+        const uint32_t first = r->parts[p].first + step->n_shared;
+        if (at >= first && at < first + step->n_reused) r->again[r->n_again++] = at;
+    }
+}
+
 static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *error)
 {
     const bool may_reuse = r->task->quality != KVLOOM__V1__QUALITY__QUALITY_EXACT;
@@ -388,6 +404,7 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
     if (early && r->task->align && run_loads_beside(r)) KVL_TRY(run_align(r, error));
     KVL_TRY(run_plan(r, error));
     KVL_TRY(run_fill(r, true, error));
+    note_again(r);
     run_begin_audit(r);
     KVL_TRY(run_begin_refresh(r, error));
     KVL_TRY(decode(r, false, error));
@@ -466,6 +483,7 @@ kvl_status host_run_task(kvl_host *host, const Kvloom__V1__RunTask *task,
         status = is_plan ? run_explain(r, error) : run_reuse(r, reply, error);
     }
     if (status == KVL_OK) status = fill_reply(r, reply, error);
+    if (status == KVL_OK && !is_read) plans_keep(host, r, reply);
     if (status != KVL_OK)
         kvl_log(KVL_LOG_WARN, "run_failed", "status=%s text=\"%s\"", kvl_status_name(status),
                 error->text);
