@@ -122,13 +122,13 @@ static void load_canonical(run *r, run_part *part)
                                     kvl_plan_load_ms(rates, &peer, n)};
     const kvl_load_case about = {.prefill_ms = kvl_plan_compute_ms(rates, part->first, n)};
     const size_t from = kvl_load_choose(&about, load_ms, PLACES);
-    const bool asks =
-        from == PEER && (!is_here || kvl_exchange_was_announced(host->exchange, &part->id));
+    const bool is_there = kvl_exchange_was_announced(host->exchange, &part->id);
+    const bool asks = from == PEER && (!is_here || is_there);
     if (from == PLACES) {
         const kvl_plan_rates first = host_first_rates();
         doubt(&rates->disk_bytes_per_ms, first.disk_bytes_per_ms);
         doubt(&rates->fetch_bytes_per_ms, first.fetch_bytes_per_ms);
-        part->is_declined = true;
+        part->is_declined = is_here || is_there;
         return;
     }
     if (asks) run_fetch(r, part, &part->id);
