@@ -20,8 +20,6 @@ enum {
     CLIENTS = 4,
     CLIENTS_WAITING = 12,
     ANSWER = 16,
-    REQUESTS = 12,
-    REQUESTS_QUICK = 4,
     REQUESTS_MAX = 96,
     CONTEXT = 2048,
     PAGES_SMALL = 160, /* about three prompts */
@@ -332,7 +330,7 @@ static kvl_status ingest(bench *b, kvl_error *error)
     return status;
 }
 
-static kvl_status measure(bench *b, kvl_error *error)
+static kvl_status measure(bench *b, const char *only, kvl_error *error)
 {
     uint32_t groups[REQUESTS_MAX];
     kvl_random random = {23};
@@ -340,18 +338,20 @@ static kvl_status measure(bench *b, kvl_error *error)
         groups[i] = (uint32_t)kvl_random_below(&random, GROUPS);
     KVL_TRY(bench_rag_corpus_make(GROUPS * CHUNKS, &b->corpus, error));
     KVL_TRY(ingest(b, error));
-    KVL_TRY(measure_healing(b, groups, error));
+    if (only == NULL || strcmp(only, "healing") == 0) KVL_TRY(measure_healing(b, groups, error));
     b->n_requests *= 2;
-    return measure_order(b, groups, error);
+    if (only == NULL || strcmp(only, "order") == 0) return measure_order(b, groups, error);
+    return KVL_OK;
 }
 
-kvl_status kvl_bench_load_run(const kvl_cli_engine *engine, bool quick, json_t *figures,
-                              json_t *rows, kvl_error *error)
+kvl_status kvl_bench_load_run(const kvl_cli_engine *engine, const char *only, uint32_t n_requests,
+                              json_t *figures, json_t *rows, kvl_error *error)
 {
     bench *b = kvl_alloc_zero(1, sizeof *b);
     if (b == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a benchmark");
+    KVL_ASSERT(n_requests > 0 && 2 * n_requests <= REQUESTS_MAX);
     b->engine = engine;
-    b->n_requests = quick ? REQUESTS_QUICK : REQUESTS;
+    b->n_requests = n_requests;
     b->figures = figures;
     b->rows = rows;
     (void)pthread_mutex_init(&b->lock, NULL);
@@ -359,7 +359,7 @@ kvl_status kvl_bench_load_run(const kvl_cli_engine *engine, bool quick, json_t *
     kvl_status status = kvl_cli_temporary("bench", b->directory, sizeof b->directory, error);
     if (status == KVL_OK) {
         (void)snprintf(b->store, sizeof b->store, "%s/store", b->directory);
-        status = measure(b, error);
+        status = measure(b, only, error);
         kvl_error ignored;
         (void)!kvl_directory_remove(b->directory, &ignored);
     }

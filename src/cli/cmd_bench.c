@@ -17,23 +17,26 @@ enum {
     REPEATS_MAX = 99,
     REPEATS_DEFAULT = 5,
     REPEATS_QUICK = 3,
+    LOAD_MOST = 24,
     DECODED_TOKENS = 32,
     OPTION_JSON = 256,
-    OPTION_QUICK
+    OPTION_QUICK,
+    OPTION_ONLY
 };
 
 typedef struct arguments {
     kvl_cli_engine engine;
-    const char *name, *shape;
+    const char *name, *shape, *only;
     uint32_t n_tokens, n_repeats;
     bool json, quick;
 } arguments;
 
 static const struct argp_option options[] = {
     {"tokens", 'n', "N", 0, "Tokens of the prompt, or of context before decoding (512)", 0},
-    {"repeats", 'r', "N", 0, "Repetitions; the median counts (5)", 0},
+    {"repeats", 'r', "N", 0, "Repetitions; the median counts (5). load: half of the requests", 0},
     {"shape", 's', "SHAPE", 0, "attention: only smollm2-135m, qwen2.5-coder-0.5b or llama-3.1-8b",
      0},
+    {"only", OPTION_ONLY, "PART", 0, "load: only healing, or only order", 0},
     {"quick", OPTION_QUICK, NULL, 0, "Fewer repetitions, under a minute", 0},
     {"json", OPTION_JSON, NULL, 0, "Print one JSON object", 0},
     {0},
@@ -55,6 +58,11 @@ static error_t parse(int key, char *text, struct argp_state *state)
         return 0;
     case 'r':
         wanted->n_repeats = kvl_cli_number(state, "--repeats", text, 1, REPEATS_MAX);
+        return 0;
+    case OPTION_ONLY:
+        if (strcmp(text, "healing") != 0 && strcmp(text, "order") != 0)
+            argp_error(state, "--only is '%s'; it must be healing or order", text);
+        wanted->only = text;
         return 0;
     case 's': wanted->shape = text; return 0;
     case OPTION_QUICK:
@@ -205,7 +213,10 @@ static int bench_hosts(arguments *wanted)
     const kvl_status status =
         is_rag ? kvl_bench_rag_run(&wanted->engine, wanted->quick, wanted->n_repeats, measured,
                                    rows, &error)
-               : kvl_bench_load_run(&wanted->engine, wanted->quick, measured, rows, &error);
+               : kvl_bench_load_run(&wanted->engine, wanted->only,
+                                    wanted->n_repeats < LOAD_MOST ? 2 * wanted->n_repeats
+                                                                  : 2 * LOAD_MOST,
+                                    measured, rows, &error);
     if (status == KVL_OK && wanted->json) {
         json_t *report = json_pack("{s:s, s:O, s:O, s:{s:s}, s:s}", "name", wanted->name, "figures",
                                    measured, "rows", rows, "machine", "device",

@@ -301,9 +301,9 @@ static void test_healing_beside_other_work_takes_its_share(void **state)
         host->clock = &clock;
         host->heals.share = shares[s];
         int64_t worked_ns = 0;
-        for (int i = 0; i < 400; i++) {
-            while (host->heals.n < 8) {
-                heal_request audit = {.sent = random_answer(f, 60, 40)};
+        for (int i = 0; i < 200; i++) {
+            while (host->heals.n < KVL_HEALS_MAX) {
+                heal_request audit = {.sent = random_answer(f, 12, 8)};
                 heal_add(host, &audit);
             }
             const int64_t step_ns = (1 + (int64_t)kvl_test_below(&f->random, 20)) * KVL_NS_PER_MS;
@@ -313,7 +313,7 @@ static void test_healing_beside_other_work_takes_its_share(void **state)
         const int64_t beside_ns = host->heals.beside_ns;
         const double seen = (double)beside_ns / (double)(beside_ns + worked_ns);
         /* No more than the last slice off. */
-        assert_true(fabs(seen - shares[s]) < 0.02);
+        assert_true(fabs(seen - shares[s]) < 0.03);
         if (shares[s] > 0.0) {
             heal_deinit(host);
             heal_beside(host, 3600 * KVL_NS_PER_S);

@@ -112,8 +112,8 @@ static void test_other_tasks_stay_where_they_came(void **state)
 
 static const char PLACED[] = "placed, and its most attended tokens computed again";
 
-/* What host two did for a text that its peer has read, once it has heard of that: the first tellings
- * may be lost while the two meet.
+/* What host two did for a text that its peer has read, once it has heard of that: the first
+ * tellings may be lost while the two meet.
  * select   empty: as fast quality has it, which is sink8 */
 static Kvloom__V1__HostReply *read_second(fixture *f, int first_number, const char *reason,
                                           const char *select)
