@@ -110,8 +110,8 @@ kvl_status kvl_refresh_step(kvl_refresh *refresh, kvl_session *session, uint32_t
     const kvl_status status =
         n == refresh->n_stale
             ? kvl_session_compute(session, refresh->rows, n + 1, n_logits, logits, error)
-            : kvl_session_compute_attending(session, refresh->rows, n + 1, n_logits, logits,
-                                            refresh->mass, error);
+            : kvl_session_attention(session, refresh->rows, n + 1, at, refresh->mass,
+                                    n_logits == 0 ? NULL : logits, error);
     if (status != KVL_OK) return status;
     refresh->has_mass = true;
     forget(refresh, n);

@@ -136,20 +136,27 @@ static void load_canonical(run *r, run_part *part)
     if (part->container == NULL && !asks) run_fetch(r, part, &part->id);
 }
 
-static kvl_status resolve_part(run *r, run_part *part, bool may_compute, kvl_error *error)
+static void find(run *r, run_part *part, bool may_compute)
 {
     kvl_host *host = r->host;
+    if (run_find_donor(r, part)) return;
     if (!part->is_canonical)
         run_find_answer(r, part);
     else if (!may_compute)
         load_canonical(r, part);
     else if (!take(r, part, host->memory->ops->has(host->memory, &part->id)))
         run_fetch(r, part, &part->id);
+}
+
+static kvl_status resolve_part(run *r, run_part *part, bool may_compute, kvl_error *error)
+{
+    kvl_host *host = r->host;
+    find(r, part, may_compute);
     if (part->container != NULL && !fits(host, r, part)) {
         kvl_log(KVL_LOG_WARN, "segment_does_not_fit", "slot=%s", part->asked->slot);
         kvl_container_release(part->container);
         part->container = NULL;
-        part->is_unhealed = false;
+        part->is_unhealed = part->is_donor = false;
     }
     if (part->container != NULL) host_remember_donor(host, part->container);
     if (part->container == NULL && part->is_canonical && may_compute)

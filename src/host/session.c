@@ -159,16 +159,22 @@ static bool pass_layer_of_session(void *context, uint32_t layer, uint32_t row_fi
     return false;
 }
 
+static void want_logits(kvl_session *session, kvl_forward_batch *batch, uint32_t n_logits,
+                        float *logits)
+{
+    KVL_ASSERT(n_logits <= batch->n_rows);
+    for (uint32_t i = 0; i < n_logits; i++) session->logit_rows[i] = batch->n_rows - n_logits + i;
+    batch->logit_rows = session->logit_rows;
+    batch->n_logit_rows = n_logits;
+    batch->logits = logits;
+}
+
 kvl_status kvl_session_compute(kvl_session *session, const uint32_t *positions, uint32_t n,
                                uint32_t n_logits, float *logits, kvl_error *error)
 {
-    KVL_ASSERT(n_logits <= n);
     kvl_attention_path path;
     kvl_forward_batch batch = batch_of(session, positions, n, &path);
-    for (uint32_t i = 0; i < n_logits; i++) session->logit_rows[i] = n - n_logits + i;
-    batch.logit_rows = session->logit_rows;
-    batch.n_logit_rows = n_logits;
-    batch.logits = logits;
+    want_logits(session, &batch, n_logits, logits);
     if (session->pieces != NULL) {
         kvl_loader_wait(session->engine->loader, 0);
         batch.after_layer = pass_layer_of_session;
@@ -183,6 +189,43 @@ kvl_status kvl_session_compute_range(kvl_session *session, uint32_t first, uint3
     KVL_ASSERT(first < past && past <= session->n_ids);
     for (uint32_t p = first; p < past; p++) session->positions[p - first] = p;
     return kvl_session_compute(session, session->positions, past - first, n_logits, logits, error);
+}
+
+typedef struct watched {
+    kvl_session *session;
+    const kvl_session_walk *walk;
+} watched;
+
+static bool pass_layer_of_watched(void *context, uint32_t layer, uint32_t row_first,
+                                  uint32_t n_rows)
+{
+    (void)n_rows;
+    const watched *w = context;
+    if (w->session->pieces != NULL) pass_layer(w->session, layer);
+    if (row_first == 0 && layer + 1 < w->session->engine->shape->n_layers)
+        w->walk->before(w->walk->context, layer + 1);
+    return false;
+}
+
+static void tell_of_keys(void *context, uint32_t layer, uint32_t row_first, uint32_t n_rows)
+{
+    const watched *w = context;
+    if (layer > 0) w->walk->after(w->walk->context, layer, row_first, n_rows);
+}
+
+kvl_status kvl_session_compute_watched(kvl_session *session, const uint32_t *positions, uint32_t n,
+                                       uint32_t n_logits, float *logits,
+                                       const kvl_session_walk *walk, kvl_error *error)
+{
+    watched w = {session, walk};
+    kvl_attention_path path;
+    kvl_forward_batch batch = batch_of(session, positions, n, &path);
+    want_logits(session, &batch, n_logits, logits);
+    if (session->pieces != NULL) kvl_loader_wait(session->engine->loader, 0);
+    batch.after_layer = pass_layer_of_watched;
+    batch.on_keys = tell_of_keys;
+    batch.context = &w;
+    return kvl_forward_run(session->engine->forward, &batch, error);
 }
 
 typedef struct mass_of_queries {
@@ -222,10 +265,8 @@ static bool pass_layer_of_mass(void *context, uint32_t layer, uint32_t row_first
     return false;
 }
 
-/* Adds up over the rows from position `from` on. */
-static kvl_status compute_watched(kvl_session *session, const uint32_t *positions, uint32_t n,
-                                  uint32_t from, uint32_t n_logits, float *logits, float *mass,
-                                  kvl_error *error)
+kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions, uint32_t n,
+                                 uint32_t from, float *mass, float *logits, kvl_error *error)
 {
     const uint32_t n_heads = session->engine->shape->n_kv_heads;
     const uint32_t n_ids = session->n_ids;
@@ -235,12 +276,12 @@ static kvl_status compute_watched(kvl_session *session, const uint32_t *position
     mass_of_queries sum = {session, positions, from, per_head};
     kvl_attention_path path;
     kvl_forward_batch batch = batch_of(session, positions, n, &path);
-    for (uint32_t i = 0; i < n_logits; i++) session->logit_rows[i] = n - n_logits + i;
-    batch.logit_rows = session->logit_rows;
-    batch.n_logit_rows = n_logits;
-    batch.logits = logits;
     batch.on_queries = add_mass;
     batch.context = &sum;
+    session->logit_rows[0] = n - 1;
+    batch.logit_rows = session->logit_rows;
+    batch.n_logit_rows = logits == NULL ? 0 : 1;
+    batch.logits = logits;
     if (session->pieces != NULL) {
         kvl_loader_wait(session->engine->loader, 0);
         batch.after_layer = pass_layer_of_mass;
@@ -252,20 +293,6 @@ static kvl_status compute_watched(kvl_session *session, const uint32_t *position
     }
     kvl_free(per_head);
     return status;
-}
-
-kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions, uint32_t n,
-                                 uint32_t from, float *mass, kvl_error *error)
-{
-    return compute_watched(session, positions, n, from, 0, NULL, mass, error);
-}
-
-kvl_status kvl_session_compute_attending(kvl_session *session, const uint32_t *positions,
-                                         uint32_t n, uint32_t n_logits, float *logits, float *mass,
-                                         kvl_error *error)
-{
-    KVL_ASSERT(n_logits <= n);
-    return compute_watched(session, positions, n, positions[n - 1], n_logits, logits, mass, error);
 }
 
 uint32_t kvl_session_n_tokens(const kvl_session *session)
@@ -326,6 +353,33 @@ void kvl_session_extract(kvl_session *session, uint32_t first, uint32_t n, float
     }
 }
 
+static kvl_place_tokens_view scattered_view(kvl_session *session, const uint32_t *positions,
+                                            uint32_t n)
+{
+    KVL_ASSERT(n <= session->n_ids);
+    for (uint32_t i = 0; i < n; i++) session->slots[i] = kvl_session_slot(session, positions[i]);
+    return (kvl_place_tokens_view){n, positions, session->slots};
+}
+
+void kvl_session_read_layer(kvl_session *session, uint32_t layer, const uint32_t *positions,
+                            uint32_t n, float *keys, float *values)
+{
+    const kvl_place_tokens_view tokens = scattered_view(session, positions, n);
+    const kvl_place_target target = target_of(session);
+    const kvl_status status = kvl_extract_tokens(&target, layer, &tokens, keys, values, NULL);
+    KVL_ASSERT(status == KVL_OK);
+}
+
+void kvl_session_write_layer(kvl_session *session, uint32_t layer, const uint32_t *positions,
+                             uint32_t n, const float *keys, const float *values)
+{
+    const kvl_place_tokens_view tokens = scattered_view(session, positions, n);
+    const kvl_place_target target = target_of(session);
+    const kvl_status status =
+        kvl_place_tokens(&target, layer, &tokens, keys, values, session->scratch, NULL);
+    KVL_ASSERT(status == KVL_OK);
+}
+
 void kvl_session_place(kvl_session *session, const kvl_placement *placement)
 {
     const kvl_kv_view *kv = placement->kv;
@@ -366,8 +420,8 @@ static kvl_status make_pieces(kvl_session *session, const kvl_session_load *load
             at[t] = load->position_first + t;
             slots[t] = kvl_session_slot(session, at[t]);
         }
-        session->pieces[i] =
-            (kvl_loader_piece){load->container, load->token_first, {load->n, at, slots}};
+        session->pieces[i] = (kvl_loader_piece){
+            load->container, load->token_first, {load->n, at, slots}, load->mean};
         at = slots + load->n;
     }
     return KVL_OK;
@@ -430,13 +484,7 @@ static bool stop_at_check_layer(void *context, uint32_t layer, uint32_t row_firs
 
 static void read_check_layer(const deviating *d, const uint32_t *positions, uint32_t n, float *rows)
 {
-    uint32_t *slots = d->session->slots;
-    for (uint32_t i = 0; i < n; i++) slots[i] = kvl_session_slot(d->session, positions[i]);
-    const kvl_place_tokens_view tokens = {n, positions, slots};
-    const kvl_place_target target = target_of(d->session);
-    const kvl_status status =
-        kvl_extract_tokens(&target, d->check.layer, &tokens, rows, rows + n * d->width, NULL);
-    KVL_ASSERT(status == KVL_OK);
+    kvl_session_read_layer(d->session, d->check.layer, positions, n, rows, rows + n * d->width);
 }
 
 /* One cut of the forward pass: a walk that stops ends all of its cuts. */

@@ -9,10 +9,9 @@
 #define SINKS(n) .n_sink = (n), .pool_width = 1
 /* By attention, each token with the highest score of its neighbours. */
 #define QUERY(of) .score = KVL_SELECT_QUERY_ATTENTION, .share = (of), .pool_width = 9
-#define DRAFT(of)                                                                                  \
-    .score = KVL_SELECT_DRAFT_ATTENTION, .share = (of), .is_total = true, .pool_width = 5
-#define BOTH(of)                                                                                   \
-    .score = KVL_SELECT_QUERY_AND_DRAFT, .share = (of), .is_total = true, .pool_width = 5
+#define DRAFT(of, n)                                                                               \
+    .score = KVL_SELECT_DRAFT_ATTENTION, .share = (of), .is_total = true, .pool_width = 5,         \
+    .n_draft = (n)
 /* Layer 1, as the published code has it. */
 #define DEVIATION(of)                                                                              \
     .score = KVL_SELECT_DEVIATION, .share = (of), .pool_width = 1, .checks = {{1, 1.0F}},          \
@@ -29,9 +28,9 @@ const kvl_select_policy kvl_select_policies[] = {
     {.name = "sink8+query5", .n_sink = 8, QUERY(0.05F)},
     {.name = "sink8+query10", .n_sink = 8, QUERY(0.10F)},
     {.name = "sink8+query25", .n_sink = 8, QUERY(0.25F)},
-    {.name = "sink8+draft15", .n_sink = 8, DRAFT(0.15F)},
-    {.name = "sink8+both15", .n_sink = 8, BOTH(0.15F)},
-    {.name = "sink4+draft5", .n_sink = 4, DRAFT(0.05F)},
+    {.name = "sink4+draft5", .n_sink = 4, DRAFT(0.05F, 4)},
+    {.name = "sink8+draft12", .n_sink = 8, DRAFT(0.12F, 8)},
+    {.name = "sink8+draft15", .n_sink = 8, DRAFT(0.15F, 12)},
     {.name = "deviation5", DEVIATION(0.05F)},
     {.name = "deviation15", DEVIATION(0.15F)},
     {.name = "deviation30", DEVIATION(0.30F)},

@@ -17,7 +17,6 @@ typedef enum kvl_select_score {
     KVL_SELECT_QUERY_ATTENTION, /* of the rows behind the last reused token, all layers and heads */
     KVL_SELECT_DEVIATION,       /* of KV in the check layers after a pass of all reused tokens */
     KVL_SELECT_DRAFT_ATTENTION, /* of the rows of an answer drafted over the placed KV */
-    KVL_SELECT_QUERY_AND_DRAFT, /* the sum of both attentions, each over its own sum */
     KVL_SELECT_ATTENDED_DEVIATION, /* the product of both (KVShare, arXiv:2503.16525, prefill) */
 } kvl_select_score;
 
@@ -36,6 +35,7 @@ typedef struct kvl_select_policy {
     float share;         /* of all candidates, by score; 0 .. 1 */
     bool is_total;       /* what n_sink takes counts against share */
     uint32_t pool_width; /* a token has the highest score of this many around it, odd; 1: its own */
+    uint32_t n_draft;    /* tokens of the draft at most, where one is a score */
     /* Where deviation is looked at. Gradual filtering (CacheBlend, section 5.1): what deviates most
      * in one check layer goes on to the next, and the last one chooses. */
     kvl_select_check checks[KVL_SELECT_CHECKS_MAX]; /* layers ascending, shares falling */
