@@ -16,7 +16,7 @@
 enum {
     CHUNKS = 3,
     GROUPS = 6, /* of chunks that are asked for together */
-    GROUPS_IN_MEMORY = 2,
+    GROUPS_IN_MEMORY = 3,
     CLIENTS = 4,
     CLIENTS_WAITING = 12,
     ANSWER = 16,
