@@ -40,7 +40,7 @@ typedef enum eval_kind {
     EVAL_ASKED,  /* as NEEDLE, but the model words its answer itself */
     EVAL_CUT,    /* the fact is cut between two chunks that stand side by side */
     EVAL_EDITED, /* as NEEDLE, but the chunk with the fact was read with another number in it */
-    EVAL_READ,   /* nothing is planted: a word of one of the texts is asked for */
+    EVAL_READ,   /* nothing is planted: how a sentence of the texts goes on */
     EVAL_OPEN,   /* a question that no single place answers */
     EVAL_AGENTS, /* the last of five agents, which reads a document and four answers */
 } eval_kind;

@@ -171,7 +171,7 @@ typedef struct making {
     uint32_t asked; /* which chunk the question is about; CUT: the first of two */
     char *chunks[EVAL_CHUNKS_MAX];
     char question[512];
-    char beginning[96]; /* of the answer */
+    char beginning[256]; /* of the answer */
 } making;
 
 static void begin(making *m, uint32_t index)
@@ -223,6 +223,17 @@ static char *make_chunk(const making *m, uint32_t i)
     }
 }
 
+/* Of the first of the texts, from the one drawn on, that a question can be asked about. */
+static void find_question(making *m, char *lead, size_t n_lead, eval_prompt *prompt)
+{
+    const uint32_t n = m->scenario->n_chunks;
+    for (uint32_t i = 0; i < n; i++) {
+        if (eval_find_question(&m->random, m->paragraphs[(m->asked + i) % n], m->paragraphs, n,
+                               lead, n_lead, prompt->needle, sizeof prompt->needle))
+            return;
+    }
+}
+
 static void ask(making *m, eval_prompt *prompt)
 {
     const char *place = places[m->picked[m->asked]];
@@ -233,11 +244,11 @@ static void ask(making *m, eval_prompt *prompt)
                        open_questions[kvl_random_below(&m->random, N_OPEN)]);
         return;
     case EVAL_READ:
-        (void)eval_find_question(&m->random, m->paragraphs[m->asked], m->paragraphs,
-                                 m->scenario->n_chunks, lead, sizeof lead, prompt->needle,
-                                 sizeof prompt->needle);
+        find_question(m, lead, sizeof lead, prompt);
         (void)snprintf(m->question, sizeof m->question,
-                       "\n\nQuestion: In the texts, which words come right after \"%s\"?", lead);
+                       "\n\nQuestion: How does the sentence go on in which the texts say \"%s\"?",
+                       lead);
+        (void)snprintf(m->beginning, sizeof m->beginning, "It says: \"%s", lead);
         return;
     default:
         (void)snprintf(m->question, sizeof m->question,
