@@ -89,6 +89,9 @@ static bool take(run *r, run_part *part, bool is_in_memory)
     const int64_t start = kvl_clock_now(host->clock);
     if (host->store->ops->get(host->store, &part->id, true, &part->container, NULL) != KVL_OK)
         return false;
+    /* Counted as used already, so that it is still in memory when the next one comes for it. */
+    if (!is_in_memory && host->memory->ops->touch != NULL && waiting_wants(host, &part->id))
+        host->memory->ops->touch(host->memory, &part->id);
     size_t n_bytes = 0;
     (void)kvl_container_bytes(part->container, &n_bytes);
     if (!is_in_memory && n_bytes >= BYTES_THAT_TELL)

@@ -99,6 +99,14 @@ static bool has_segment(const waiting_prompt *prompt, const kvl_digest *id)
     return false;
 }
 
+bool waiting_wants(const kvl_host *host, const kvl_digest *id)
+{
+    for (uint32_t i = 0; i < host->waiting.n; i++) {
+        if (has_segment(&host->waiting.items[i]->prompt, id)) return true;
+    }
+    return false;
+}
+
 /* Of computing a token, what having it from where it is saves, 0 .. 1. */
 static double share_saved(kvl_host *host, const kvl_digest *id)
 {

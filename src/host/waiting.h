@@ -66,6 +66,9 @@ waiting_task *waiting_next(struct kvl_host *host, bool waits);
 bool waiting_any(struct kvl_host *host);
 void waiting_task_destroy(waiting_task *task);
 
+/* Whether a prompt that waits, and was looked at, has a text of this id. */
+bool waiting_wants(const struct kvl_host *host, const kvl_digest *id);
+
 /* What a prompt saves now, by the indices of tree, store and exchange. */
 kvl_order_item waiting_estimate(struct kvl_host *host, const waiting_task *task);
 
