@@ -185,6 +185,13 @@ void kvl_prefix_tree_acquire(kvl_prefix_tree *tree, uint64_t salt, const uint32_
     *n_pages = at.n_pages;
 }
 
+uint32_t kvl_prefix_tree_peek(const kvl_prefix_tree *tree, uint64_t salt, const uint32_t *ids,
+                              size_t n_ids)
+{
+    const place at = walk(tree, salt, ids, n_ids / KVL_PAGE_TOKENS, NULL);
+    return (uint32_t)at.n_pages * KVL_PAGE_TOKENS;
+}
+
 /* ---- changing ---- */
 
 static void free_node(node *item)

@@ -24,6 +24,10 @@ void kvl_prefix_tree_destroy(kvl_prefix_tree *tree);
 void kvl_prefix_tree_acquire(kvl_prefix_tree *tree, uint64_t salt, const uint32_t *ids,
                              size_t n_ids, uint32_t *pages, size_t *n_pages);
 
+/* How many leading ids are held, in whole pages; nothing is taken, nor counts as used. */
+uint32_t kvl_prefix_tree_peek(const kvl_prefix_tree *tree, uint64_t salt, const uint32_t *ids,
+                              size_t n_ids);
+
 /* Inserts the KV of ids: pages [n_ids / KVL_PAGE_TOKENS], whole pages only; the tree takes a
  * reference of its own to those that it keeps, and keeps what it had where it knew the prefix.
  * Errors   KVL_ERR_NO_MEMORY: the tree is as before */

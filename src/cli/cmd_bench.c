@@ -4,6 +4,7 @@
 #include "base/alloc.h"
 #include "base/clock.h"
 #include "cli/bench_data.h"
+#include "cli/bench_load.h"
 #include "cli/bench_rag.h"
 #include "cli/cli.h"
 #include "host/decode.h"
@@ -16,23 +17,26 @@ enum {
     REPEATS_MAX = 99,
     REPEATS_DEFAULT = 5,
     REPEATS_QUICK = 3,
+    LOAD_MOST = 24,
     DECODED_TOKENS = 32,
     OPTION_JSON = 256,
-    OPTION_QUICK
+    OPTION_QUICK,
+    OPTION_ONLY
 };
 
 typedef struct arguments {
     kvl_cli_engine engine;
-    const char *name, *shape;
+    const char *name, *shape, *only;
     uint32_t n_tokens, n_repeats;
     bool json, quick;
 } arguments;
 
 static const struct argp_option options[] = {
     {"tokens", 'n', "N", 0, "Tokens of the prompt, or of context before decoding (512)", 0},
-    {"repeats", 'r', "N", 0, "Repetitions; the median counts (5)", 0},
+    {"repeats", 'r', "N", 0, "Repetitions; the median counts (5). load: half of the requests", 0},
     {"shape", 's', "SHAPE", 0, "attention: only smollm2-135m, qwen2.5-coder-0.5b or llama-3.1-8b",
      0},
+    {"only", OPTION_ONLY, "PART", 0, "load: only healing, or only order", 0},
     {"quick", OPTION_QUICK, NULL, 0, "Fewer repetitions, under a minute", 0},
     {"json", OPTION_JSON, NULL, 0, "Print one JSON object", 0},
     {0},
@@ -41,7 +45,7 @@ static const struct argp_option options[] = {
 static bool is_bench(const char *name)
 {
     return strcmp(name, "prefill") == 0 || strcmp(name, "decode") == 0 ||
-           strcmp(name, "attention") == 0 || strcmp(name, "rag") == 0;
+           strcmp(name, "attention") == 0 || strcmp(name, "rag") == 0 || strcmp(name, "load") == 0;
 }
 
 static error_t parse(int key, char *text, struct argp_state *state)
@@ -54,6 +58,11 @@ static error_t parse(int key, char *text, struct argp_state *state)
         return 0;
     case 'r':
         wanted->n_repeats = kvl_cli_number(state, "--repeats", text, 1, REPEATS_MAX);
+        return 0;
+    case OPTION_ONLY:
+        if (strcmp(text, "healing") != 0 && strcmp(text, "order") != 0)
+            argp_error(state, "--only is '%s'; it must be healing or order", text);
+        wanted->only = text;
         return 0;
     case 's': wanted->shape = text; return 0;
     case OPTION_QUICK:
@@ -194,16 +203,22 @@ static kvl_status bench(kvl_engine *engine, const arguments *wanted, kvl_error *
 }
 
 /* The figures stand beside the name as well as in their object. */
-static int bench_rag(arguments *wanted)
+static int bench_hosts(arguments *wanted)
 {
+    const bool is_rag = strcmp(wanted->name, "rag") == 0;
     kvl_error error = {0};
     json_t *measured = json_object();
     json_t *rows = json_array();
     if (wanted->engine.n_positions == 0) wanted->engine.n_positions = 4096;
-    const kvl_status status = kvl_bench_rag_run(&wanted->engine, wanted->quick, wanted->n_repeats,
-                                                measured, rows, &error);
+    const kvl_status status =
+        is_rag ? kvl_bench_rag_run(&wanted->engine, wanted->quick, wanted->n_repeats, measured,
+                                   rows, &error)
+               : kvl_bench_load_run(&wanted->engine, wanted->only,
+                                    wanted->n_repeats < LOAD_MOST ? 2 * wanted->n_repeats
+                                                                  : 2 * LOAD_MOST,
+                                    measured, rows, &error);
     if (status == KVL_OK && wanted->json) {
-        json_t *report = json_pack("{s:s, s:O, s:O, s:{s:s}, s:s}", "name", "rag", "figures",
+        json_t *report = json_pack("{s:s, s:O, s:O, s:{s:s}, s:s}", "name", wanted->name, "figures",
                                    measured, "rows", rows, "machine", "device",
                                    kvl_cli_device(&wanted->engine), "version", KVL_VERSION);
         (void)json_object_update(report, measured);
@@ -214,7 +229,7 @@ static int bench_rag(arguments *wanted)
         const char *name = NULL;
         json_t *value = NULL;
         json_object_foreach(measured, name, value)(void)
-            printf("%-24s %8.3f\n", name, json_real_value(value));
+            printf("%-34s %8.3f\n", name, json_real_value(value));
     }
     json_decref(measured);
     json_decref(rows);
@@ -226,7 +241,7 @@ int kvl_command_bench(int argc, char **argv)
     static const struct argp_child children[] = {{&kvl_cli_engine_argp, 0, NULL, 0}, {0}};
     static const struct argp argp = {options,
                                      parse,
-                                     "prefill|decode|attention|rag|exchange|store",
+                                     "prefill|decode|attention|rag|load|exchange|store",
                                      "Measure this engine beside this machine's limits.",
                                      children,
                                      NULL,
@@ -235,7 +250,8 @@ int kvl_command_bench(int argc, char **argv)
     if (argc > 1 && strcmp(argv[1], "store") == 0) return kvl_bench_store(argc - 1, argv + 1);
     arguments wanted = {.n_tokens = TOKENS_DEFAULT, .n_repeats = REPEATS_DEFAULT};
     if (argp_parse(&argp, argc, argv, 0, NULL, &wanted) != 0) return KVL_EXIT_USAGE;
-    if (strcmp(wanted.name, "rag") == 0) return bench_rag(&wanted);
+    if (strcmp(wanted.name, "rag") == 0 || strcmp(wanted.name, "load") == 0)
+        return bench_hosts(&wanted);
     kvl_error error;
     kvl_engine *engine = NULL;
     if (kvl_cli_engine_create(&wanted.engine, 0, &engine, &error) != KVL_OK)

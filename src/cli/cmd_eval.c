@@ -195,6 +195,7 @@ static kvl_status ask(evaluation *e, const eval_prompt *prompt, Kvloom__V1__Mode
     made.run.max_tokens = ANSWER_TOKENS;
     made.run.quality = by->quality;
     made.run.select = (char *)(uintptr_t)by->select;
+    made.run.refresh = mode == KVLOOM__V1__MODE__MODE_REUSE ? by->refresh : 0;
     made.run.gate = by->is_gated && mode == KVLOOM__V1__MODE__MODE_REUSE;
     made.run.align = true; /* all texts are read, but for those that were edited since */
     made.run.evaluate = mode == KVLOOM__V1__MODE__MODE_REUSE;
@@ -254,6 +255,9 @@ static eval_record record_of(const eval_prompt *prompt, const Kvloom__V1__RunRep
     /* A verified or gated answer is held back until it is checked. */
     const double held_ms = reply->verify_ms + reply->gate_ms;
     record.ttft_ms = held_ms > 0.0 ? reply->total_ms + held_ms : reply->ttft_ms;
+    if (reply->n_tokens > 0)
+        record.tpot_ms = (reply->total_ms - reply->ttft_ms) / (double)reply->n_tokens;
+    record.refreshed = reply->refreshed;
     record.work = (reply->select_ms + reply->compute_ms) / full->compute_ms;
     return record;
 }

@@ -1,6 +1,7 @@
-/* cli/cmd_explain.c: `kvloom explain`: asks a running host how it would have each part of a prompt.
- */
+/* cli/cmd_explain.c: `kvloom explain`: asks a running host how it would have each part of a prompt,
+ * or how it had those of one of its last requests. */
 #include "base/alloc.h"
+#include "cli/explain_html.h"
 #include "cli/task.h"
 #include "exchange/exchange.h"
 #include "host.pb-c.h"
@@ -16,18 +17,23 @@ enum {
     CONNECT_TIMEOUT_S = 5,
     CALL_TIMEOUT_S = 60,
     OPTION_WORKFLOW = 256,
-    OPTION_BUDGET
+    OPTION_BUDGET,
+    OPTION_HTML
 };
 
 typedef struct arguments {
     kvl_exchange_peer host;
-    const char *messages, *workflow;
+    const char *messages, *workflow, *html;
+    uint64_t request; /* 0: a prompt of messages */
     double error_budget;
 } arguments;
 
 static const struct argp_option options[] = {
     {"host", 'H', "NAME=ENDPOINT", 0, "The host to ask, as `kvloom serve` was started", 0},
     {"messages", 'M', "FILE", 0, "Messages as JSON: [{\"role\": ..., \"content\": ...}, ...]", 0},
+    {"request", 'r', "ID", 0,
+     "Instead of messages: one of the host's last requests, by the number in its reply", 0},
+    {"html", OPTION_HTML, "FILE", 0, "Draw the plan too, token by token, as one HTML file", 0},
     {"error-budget", OPTION_BUDGET, "KL", 0,
      "Most that the plan may be expected to be off from full prefill, in nats (no limit)", 0},
     {"workflow", OPTION_WORKFLOW, "NAME", 0, "Whose anchors to use (explain)", 0},
@@ -49,11 +55,13 @@ static error_t parse(int key, char *text, struct argp_state *state)
     switch (key) {
     case 'H': wanted->host = kvl_cli_peer(text, "--host", state); return 0;
     case 'M': wanted->messages = text; return 0;
+    case 'r': wanted->request = kvl_cli_number(state, "--request", text, 1, UINT32_MAX); return 0;
+    case OPTION_HTML: wanted->html = text; return 0;
     case OPTION_WORKFLOW: wanted->workflow = text; return 0;
     case OPTION_BUDGET: wanted->error_budget = budget_of(text, state); return 0;
     case ARGP_KEY_END:
-        if (wanted->host.name == NULL || wanted->messages == NULL)
-            argp_error(state, "--host and --messages are needed");
+        if (wanted->host.name == NULL || (wanted->messages == NULL) == (wanted->request == 0))
+            argp_error(state, "--host is needed, and one of --messages and --request");
         return 0;
     default: return ARGP_ERR_UNKNOWN;
     }
@@ -75,6 +83,14 @@ static void add_part(prompt *made, char *slot, const char *text, size_t n_bytes)
     if (slot != NULL) part->slot = slot;
     part->text = (ProtobufCBinaryData){n_bytes, (uint8_t *)(uintptr_t)text};
     made->pointers[made->n++] = part;
+}
+
+static kvl_status read_messages(const char *path, json_t **list, kvl_error *error)
+{
+    json_error_t reason;
+    *list = json_load_file(path, JSON_REJECT_DUPLICATES, &reason);
+    if (*list != NULL) return KVL_OK;
+    return KVL_FAIL(error, KVL_ERR_MALFORMED, "%s, line %d: %s", path, reason.line, reason.text);
 }
 
 static kvl_status build_prompt(const json_t *list, prompt *made, kvl_error *error)
@@ -101,9 +117,10 @@ static kvl_status build_prompt(const json_t *list, prompt *made, kvl_error *erro
     return KVL_OK;
 }
 
-static kvl_status ask(const arguments *wanted, const prompt *made, Kvloom__V1__RunReply **reply,
-                      kvl_error *error)
+static kvl_status plan_messages(kvl_exchange *exchange, const arguments *wanted, const prompt *made,
+                                uint64_t *request, kvl_error *error)
 {
+    Kvloom__V1__RunReply *reply = NULL;
     Kvloom__V1__RunTask run = KVLOOM__V1__RUN_TASK__INIT;
     run.workflow = (char *)(uintptr_t)wanted->workflow;
     run.template_name = (char *)(uintptr_t) "messages";
@@ -111,16 +128,39 @@ static kvl_status ask(const arguments *wanted, const prompt *made, Kvloom__V1__R
     run.error_budget = wanted->error_budget;
     run.n_parts = made->n;
     run.parts = (Kvloom__V1__PromptPart **)(uintptr_t)made->pointers;
+    KVL_TRY(kvl_cli_call_run(exchange, wanted->host.name, &run, CALL_TIMEOUT_S, &reply, error));
+    *request = reply->request_id;
+    kvloom__v1__run_reply__free_unpacked(reply, NULL);
+    return KVL_OK;
+}
+
+/* made     NULL: the request that is wanted */
+static kvl_status ask(const arguments *wanted, const prompt *made, Kvloom__V1__HostReply **reply,
+                      kvl_error *error)
+{
     kvl_exchange *exchange = NULL;
-    KVL_TRY(kvl_cli_dial_host("explain", &wanted->host, CONNECT_TIMEOUT_S, &exchange, error));
-    const kvl_status status =
-        kvl_cli_call_run(exchange, wanted->host.name, &run, CALL_TIMEOUT_S, reply, error);
+    Kvloom__V1__PlanTask plan = KVLOOM__V1__PLAN_TASK__INIT;
+    Kvloom__V1__HostTask task = KVLOOM__V1__HOST_TASK__INIT;
+    task.what_case = KVLOOM__V1__HOST_TASK__WHAT_PLAN;
+    task.plan = &plan;
+    plan.request_id = wanted->request;
+    kvl_status status =
+        kvl_cli_dial_host("explain", &wanted->host, CONNECT_TIMEOUT_S, &exchange, error);
+    if (status == KVL_OK && made != NULL)
+        status = plan_messages(exchange, wanted, made, &plan.request_id, error);
+    if (status == KVL_OK)
+        status = kvl_cli_call(exchange, wanted->host.name, &task, CALL_TIMEOUT_S, reply, error);
     kvl_exchange_stop(exchange);
-    return status;
+    if (status != KVL_OK) return status;
+    if ((*reply)->what_case == KVLOOM__V1__HOST_REPLY__WHAT_PLAN && (*reply)->plan->plan != NULL)
+        return KVL_OK;
+    return KVL_FAIL(error, KVL_ERR_MALFORMED, "%s answered something else than a plan",
+                    wanted->host.name);
 }
 
 static void print_plan(const Kvloom__V1__RunReply *plan)
 {
+    (void)printf("request %llu\n", (unsigned long long)plan->request_id);
     (void)printf("part          tokens  shared  placed  offset  blended  computed    cost  if "
                  "computed   error  "
                  "why\n");
@@ -145,23 +185,22 @@ int kvl_command_explain(int argc, char **argv)
     static const struct argp argp = {.options = options,
                                      .parser = parse,
                                      .doc = "Ask a running host how it would have each part of a "
-                                            "prompt, at what cost, and why."};
+                                            "prompt, at what cost, and why; or how it had those "
+                                            "of one of its last requests."};
     arguments wanted = {.workflow = "explain"};
     if (argp_parse(&argp, argc, argv, 0, NULL, &wanted) != 0) return KVL_EXIT_USAGE;
     kvl_error error = {0};
-    json_error_t reason;
-    json_t *list = json_load_file(wanted.messages, JSON_REJECT_DUPLICATES, &reason);
-    if (list == NULL) {
-        (void)fprintf(stderr, "kvloom: %s, line %d: %s\n", wanted.messages, reason.line,
-                      reason.text);
-        return KVL_EXIT_FAILED;
-    }
+    json_t *list = NULL;
     prompt made = {.n = 0};
-    Kvloom__V1__RunReply *reply = NULL;
-    kvl_status status = build_prompt(list, &made, &error);
-    if (status == KVL_OK) status = ask(&wanted, &made, &reply, &error);
-    if (status == KVL_OK) print_plan(reply);
-    if (reply != NULL) kvloom__v1__run_reply__free_unpacked(reply, NULL);
+    kvl_status status = KVL_OK;
+    if (wanted.messages != NULL) status = read_messages(wanted.messages, &list, &error);
+    if (status == KVL_OK && list != NULL) status = build_prompt(list, &made, &error);
+    Kvloom__V1__HostReply *reply = NULL;
+    if (status == KVL_OK) status = ask(&wanted, list == NULL ? NULL : &made, &reply, &error);
+    if (status == KVL_OK) print_plan(reply->plan->plan);
+    if (status == KVL_OK && wanted.html != NULL)
+        status = kvl_explain_html_write(reply->plan, wanted.html, &error);
+    if (reply != NULL) kvloom__v1__host_reply__free_unpacked(reply, NULL);
     json_decref(list);
     return status == KVL_OK ? KVL_EXIT_OK : kvl_cli_fail(&error);
 }

@@ -31,7 +31,9 @@ enum {
     OPTION_ANSWERS,
     OPTION_WAITING,
     OPTION_STEP_ROWS,
-    OPTION_AUDIT
+    OPTION_AUDIT,
+    OPTION_HEAL_SHARE,
+    OPTION_ORDER,
 };
 
 typedef struct arguments {
@@ -71,6 +73,12 @@ static const struct argp_option options[] = {
     {"step-rows", OPTION_STEP_ROWS, "N", 0, "Tokens of one step while anybody decodes (256)", 0},
     {"audit", OPTION_AUDIT, "PERCENT", 0,
      "Share of reused requests that are computed in full when idle, to learn what reuse costs (5)",
+     0},
+    {"heal-share", OPTION_HEAL_SHARE, "PERCENT", 0,
+     "Share of the engine's time for healing while others wait; idle, it has all (10)", 0},
+    {"order", OPTION_ORDER, "ORDER", 0,
+     "cache: those that wait and have most of their prompt here go first; arrival: as they come "
+     "(cache)",
      0},
     {"paper-anchors", OPTION_PAPER, NULL, 0, "Match anchors as the KVCOMM paper does", 0},
     {"with-parent", OPTION_WITH_PARENT, NULL, 0, "End when the process that started this ends", 0},
@@ -137,6 +145,14 @@ static error_t parse(int key, char *text, struct argp_state *state)
         return 0;
     case OPTION_AUDIT:
         host->audit_share = kvl_cli_number(state, "--audit", text, 0, 100) / 100.0;
+        return 0;
+    case OPTION_HEAL_SHARE:
+        host->heal_share = kvl_cli_number(state, "--heal-share", text, 0, 90) / 100.0;
+        return 0;
+    case OPTION_ORDER:
+        if (strcmp(text, "cache") != 0 && strcmp(text, "arrival") != 0)
+            argp_error(state, "--order is '%s'; it must be cache or arrival", text);
+        host->in_order = wanted->scheduler.in_order = strcmp(text, "arrival") == 0;
         return 0;
     case OPTION_PAPER: host->anchors.mode = KVL_ANCHOR_PAPER; return 0;
     case OPTION_WITH_PARENT: wanted->with_parent = true; return 0;

@@ -54,7 +54,7 @@ typedef struct figure {
     uint64_t value;
 } figure;
 
-enum { FIGURES = 16 };
+enum { FIGURES = 21 };
 
 static void take(const Kvloom__V1__StatusReply *s, figure *figures)
 {
@@ -75,6 +75,11 @@ static void take(const Kvloom__V1__StatusReply *s, figure *figures)
         {"healed_first", s->healed_first},
         {"donors", s->donors},
         {"donor_bytes", s->donor_bytes},
+        {"heal_beside_ms", (uint64_t)s->heal_beside_ms},
+        {"tasks_moved", s->tasks_moved},
+        {"store_hits", s->store_hits},
+        {"memory_hits", s->memory_hits},
+        {"memory_misses", s->memory_misses},
     };
     memcpy(figures, all, sizeof all);
 }

@@ -13,7 +13,7 @@ enum {
     EVAL_PIECES_MAX = 2 * EVAL_CHUNKS_MAX + 8,
     EVAL_NEEDLE_MAX = 32,
     EVAL_NAME_MAX = 48,
-    EVAL_POLICIES_MAX = 32,
+    EVAL_POLICIES_MAX = 40,
     EVAL_SCENARIOS_MAX = 16
 };
 
@@ -143,8 +143,9 @@ KVL_MUST_USE kvl_status eval_agents_make(const eval_corpus *corpus, const demo_w
 typedef struct eval_policy {
     const char *name, *select; /* select: reuse/select.h */
     Kvloom__V1__Quality quality;
-    bool is_quick; /* part of --quick */
-    bool is_gated; /* answers that the gate does not trust are verified (reuse/gate.h) */
+    bool is_quick;    /* part of --quick */
+    bool is_gated;    /* answers that the gate does not trust are verified (reuse/gate.h) */
+    uint32_t refresh; /* stale tokens computed again in each step of decoding (host/refresh.h) */
 } eval_policy;
 
 /* Ended by one without name. */
@@ -168,6 +169,7 @@ typedef struct eval_record {
     double passed, healed_first; /* the gate: let it pass, or not; 0 where it was not asked */
     double drafted, draft_kept;  /* tokens of a drafted answer, and those that the answer has */
     double passed_right;         /* passed, and what full prefill says */
+    double tpot_ms, refreshed;   /* time of a token of the answer; stale ones that were refreshed */
     double work; /* of full prefill's time computing, what scoring and computing took */
 } eval_record;
 

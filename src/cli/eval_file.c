@@ -12,24 +12,27 @@ enum { FILE_BYTES_MAX = 1 << 28 };
 typedef struct member {
     const char *name;
     size_t offset;
+    bool is_optional; /* files made before it was kept have none: 0 */
 } member;
 
 static const member members[] = {
-    {"kl", offsetof(eval_record, kl)},
-    {"top1", offsetof(eval_record, top1)},
-    {"exact", offsetof(eval_record, exact)},
-    {"right", offsetof(eval_record, right)},
-    {"placed", offsetof(eval_record, placed)},
-    {"recomputed", offsetof(eval_record, recomputed)},
-    {"corrected", offsetof(eval_record, corrected)},
-    {"ttft_ms", offsetof(eval_record, ttft_ms)},
-    {"full_ttft_ms", offsetof(eval_record, full_ttft_ms)},
-    {"passed", offsetof(eval_record, passed)},
-    {"healed_first", offsetof(eval_record, healed_first)},
-    {"passed_right", offsetof(eval_record, passed_right)},
-    {"work", offsetof(eval_record, work)},
-    {"drafted", offsetof(eval_record, drafted)},
-    {"draft_kept", offsetof(eval_record, draft_kept)},
+    {"kl", offsetof(eval_record, kl), false},
+    {"top1", offsetof(eval_record, top1), false},
+    {"exact", offsetof(eval_record, exact), false},
+    {"right", offsetof(eval_record, right), false},
+    {"placed", offsetof(eval_record, placed), false},
+    {"recomputed", offsetof(eval_record, recomputed), false},
+    {"corrected", offsetof(eval_record, corrected), false},
+    {"ttft_ms", offsetof(eval_record, ttft_ms), false},
+    {"full_ttft_ms", offsetof(eval_record, full_ttft_ms), false},
+    {"passed", offsetof(eval_record, passed), false},
+    {"healed_first", offsetof(eval_record, healed_first), false},
+    {"passed_right", offsetof(eval_record, passed_right), false},
+    {"work", offsetof(eval_record, work), false},
+    {"drafted", offsetof(eval_record, drafted), true},
+    {"draft_kept", offsetof(eval_record, draft_kept), true},
+    {"tpot_ms", offsetof(eval_record, tpot_ms), true},
+    {"refreshed", offsetof(eval_record, refreshed), true},
 };
 enum { N_MEMBERS = sizeof members / sizeof *members };
 
@@ -82,7 +85,7 @@ static bool read_record(const char *text, eval_record *record)
     for (size_t i = 0; i < N_MEMBERS && is_right; i++) {
         const json_t *value = json_object_get(line, members[i].name);
         const double number = json_number_value(value);
-        is_right = json_is_number(value);
+        is_right = json_is_number(value) || (value == NULL && members[i].is_optional);
         memcpy((char *)record + members[i].offset, &number, sizeof number);
     }
     json_decref(line);

@@ -51,6 +51,10 @@ static const figure figures[] = {
     {"recomputed_balanced", BALANCED, NULL, CHUNKS, offsetof(eval_record, recomputed)},
     {"recomputed_fast", "sink8", NULL, CHUNKS, offsetof(eval_record, recomputed)},
     {"work_balanced", BALANCED, NULL, CHUNKS, offsetof(eval_record, work)},
+    {"tpot_ms_balanced", BALANCED, NULL, CHUNKS, offsetof(eval_record, tpot_ms)},
+    {"tpot_ms_refresh4_more", "refresh4", BALANCED, CHUNKS, offsetof(eval_record, tpot_ms)},
+    {"exact_refresh4_minus_balanced", "refresh4", BALANCED, CHUNKS, offsetof(eval_record, exact)},
+    {"kl_refresh4_minus_balanced_open", "refresh4", BALANCED, OPEN, offsetof(eval_record, kl)},
 };
 
 /* Of the answers that the gate let pass, those that are full prefill's; false: it let none pass. */
@@ -100,6 +104,8 @@ static const column columns[] = {
     {"recomputed", offsetof(eval_record, recomputed)},
     {"work", offsetof(eval_record, work)},
     {"ttft_ms", offsetof(eval_record, ttft_ms)},
+    {"tpot_ms", offsetof(eval_record, tpot_ms)},
+    {"refreshed", offsetof(eval_record, refreshed)},
 };
 
 /* The ratio of mean times, full prefill's over the policy's. */
@@ -165,16 +171,18 @@ static void print_row(const eval_records *records, uint32_t scenario, const char
     for (size_t c = 0; c < sizeof columns / sizeof *columns; c++)
         value[c] = eval_mean_of(records, policy, ALL, scenario, columns[c].offset, &n);
     if (n == 0) return;
-    (void)printf("%-10s %-20s %5u %7.4f %7.3f %7.3f %7.3f %6.3f %6.3f %7.1f ms %5.1fx\n",
+    (void)printf("%-10s %-20s %5u %7.4f %7.3f %7.3f %7.3f %6.3f %6.3f %7.1f ms %5.1fx %5.1f ms"
+                 " %6.1f\n",
                  eval_scenarios[scenario].name, policy, n, value[0], value[1], value[2], value[3],
-                 value[4], value[5], value[6], ttft_ratio(records, policy, scenario));
+                 value[4], value[5], value[6], ttft_ratio(records, policy, scenario), value[7],
+                 value[8]);
 }
 
 void eval_print_table(const eval_records *records)
 {
     (void)printf(
         "scenario   policy                   n      KL   top-1   exact   right  again   work"
-        "       TTFT  ratio\n");
+        "       TTFT  ratio     TPOT refreshed\n");
     for (uint32_t s = 0; eval_scenarios[s].name != NULL; s++) {
         uint32_t policy = EVAL_POLICIES_MAX;
         do {

@@ -118,6 +118,9 @@ static kvl_status open_host(kvl_local_host *local, const kvl_local_host_options 
                                           .n_positions = engine->n_positions,
                                           .device = kvl_cli_device(engine),
                                           .variant = engine->variant};
+    options.engine.n_pages = wanted->n_pages;
+    options.in_order = wanted->in_order;
+    options.heal_share = wanted->heal_share;
     options.audit_share = 0.0; /* it would compute beside what is measured */
     if (wanted->tenant_key != NULL)
         memcpy(options.tenant_key, wanted->tenant_key, sizeof options.tenant_key);

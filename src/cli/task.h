@@ -40,6 +40,9 @@ typedef struct kvl_local_host_options {
     const char *store_path;                     /* NULL: a store that goes when the host stops */
     const uint8_t *tenant_key;                  /* NULL: one that nobody will know again */
     uint64_t store_bytes_max, memory_bytes_max; /* 0: a host's default */
+    uint32_t n_pages;                           /* likewise */
+    bool in_order;                              /* as in kvl_host_options */
+    double heal_share;                          /* likewise */
     /* As in kvl_host_options; on the host's thread. May be NULL. */
     void (*stream)(void *context, const char *bytes, size_t n_bytes);
     void *stream_context;

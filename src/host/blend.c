@@ -88,6 +88,7 @@ static kvl_status deviate(run *r, const kvl_select_run *runs, size_t n_runs, uin
     if (scratch == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to score a prompt");
     const kvl_status status =
         check_layers(r, runs, n_runs, n_computed, scratch, scratch + r->n_ids, scores, error);
+    if (status == KVL_OK) run_keep_deviation(r, scores);
     kvl_free(scratch);
     return status;
 }
@@ -138,6 +139,7 @@ static kvl_status choose(run *r, const kvl_select_run *runs, size_t n_runs, uint
                          uint32_t *chosen, uint32_t *all, float *scores, kvl_error *error)
 {
     KVL_TRY(score(r, runs, n_runs, *n, scores, error));
+    if (r->select->score != KVL_SELECT_NO_SCORE) run_keep_scores(r, scores);
     if (leaves_final(r->select->score)) drop_final(r, runs[0].first, n);
     uint32_t n_chosen = 0;
     KVL_TRY(kvl_select_tokens(r->select, runs, n_runs, scores, chosen, &n_chosen, error));

@@ -30,6 +30,7 @@ typedef struct kvl_branch {
     kvl_sequence sequence;
     uint32_t index;
     uint32_t n_prompt;
+    int64_t arrived_ns;
     uint64_t order; /* of admission; later ones are paused first */
     kvl_random random;
     kvl_answer_text text;

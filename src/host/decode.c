@@ -71,8 +71,12 @@ static kvl_status decode_token(decoding *d, kvl_error *error)
     if (d->ended) return KVL_OK;
     KVL_TRY(kvl_session_append(d->session, &token, 1, error));
     if (d->is_done && !d->options->keep_last) return KVL_OK;
+    const kvl_decode_options *options = d->options;
+    const uint32_t n_logits = d->is_done ? 0 : 1;
+    if (options->compute != NULL)
+        return options->compute(options->context, d->session, n_logits, d->logits, error);
     const uint32_t at = kvl_session_n_tokens(d->session) - 1;
-    return kvl_session_compute_range(d->session, at, at + 1, d->is_done ? 0 : 1, d->logits, error);
+    return kvl_session_compute_range(d->session, at, at + 1, n_logits, d->logits, error);
 }
 
 /* rows [n][n_vocab]: behind each token of the guess. The first token was drawn already, and is the

@@ -19,6 +19,10 @@ typedef struct kvl_decode_options {
     /* May be NULL. Called with every token drawn, also the one that ends the answer, and the logits
      * [n_vocab] that it was drawn from (borrowed for the call); true stops after this token. */
     bool (*drawn)(void *context, uint32_t token, const float *logits);
+    /* May be NULL. Computes the session's last token in place of this room's own way, and may
+     * compute others with it: logits [n_logits][n_vocab] are the last token's, n_logits 0 or 1. */
+    kvl_status (*compute)(void *context, kvl_session *session, uint32_t n_logits, float *logits,
+                          kvl_error *error);
     void *context;
 } kvl_decode_options;
 

@@ -69,8 +69,8 @@ KVL_MUST_USE kvl_status kvl_session_compute_range(kvl_session *session, uint32_t
  * logits   [n_vocab] of the last token; NULL: not wanted
  * Errors   those of kvl_session_compute; KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions,
-                                              uint32_t n, uint32_t from, float *mass,
-                                              float *logits, kvl_error *error);
+                                              uint32_t n, uint32_t from, float *mass, float *logits,
+                                              kvl_error *error);
 typedef struct kvl_deviation_check {
     uint32_t layer;   /* of the model; the layers up to it are computed */
     bool values_only; /* |dV|^2; else |dK|^2 + |dV|^2, keys before rotation */

@@ -108,7 +108,33 @@ static void summarise(run *r, const float *reused, Kvloom__V1__Evaluation *evalu
     evaluation->top1_agreement = n_agree / kept->n_positions;
 }
 
-kvl_status run_evaluate(run *r, Kvloom__V1__Evaluation *evaluation, kvl_error *error)
+/* The reference's answer in one batch; the last token of the prompt goes first: its logits are
+ * those of the first token. */
+static kvl_status force(run *r, uint32_t n, float *reused, kvl_error *error)
+{
+    const uint32_t n_prompt = (uint32_t)r->n_ids;
+    KVL_TRY(kvl_session_append(r->session, r->host->reference.tokens, n - 1, error));
+    return kvl_session_compute_range(r->session, n_prompt - 1, n_prompt - 1 + n, n, reused, error);
+}
+
+/* Token by token over the prompt as it was filled at first, refreshed as it was while the answer
+ * was decoded. */
+static kvl_status force_refreshing(run *r, uint32_t n, float *reused, kvl_error *error)
+{
+    const size_t n_vocab = r->host->engine->shape->n_vocab;
+    if (!run_loads_beside(r)) KVL_TRY(run_load_bases(r, error));
+    KVL_TRY(run_fill(r, true, error));
+    memcpy(reused, r->host->logits, n_vocab * sizeof *reused);
+    KVL_TRY(run_begin_refresh(r, error));
+    for (uint32_t i = 1; i < n; i++) {
+        KVL_TRY(kvl_session_append(r->session, &r->host->reference.tokens[i - 1], 1, error));
+        KVL_TRY(kvl_refresh_step(&r->refresh, r->session, 1, reused + i * n_vocab, error));
+    }
+    return KVL_OK;
+}
+
+kvl_status run_evaluate(run *r, bool refreshes, Kvloom__V1__Evaluation *evaluation,
+                        kvl_error *error)
 {
     const reference *kept = &r->host->reference;
     const kvl_digest prompt = digest_of_prompt(r);
@@ -118,17 +144,14 @@ kvl_status run_evaluate(run *r, Kvloom__V1__Evaluation *evaluation, kvl_error *e
     const uint32_t n = kept->n_positions;
     const uint32_t n_prompt = (uint32_t)r->n_ids;
     kvl_session_truncate(r->session, n_prompt);
-    KVL_TRY(kvl_session_append(r->session, kept->tokens, n - 1, error));
     float *reused = kvl_alloc_aligned((size_t)n * r->host->engine->shape->n_vocab * sizeof(float));
     double *kl = kvl_alloc_zero(n, sizeof *kl);
     bool *agrees = kvl_alloc_zero(n, sizeof *agrees);
     kvl_status status = KVL_OK;
     if (reused == NULL || kl == NULL || agrees == NULL)
         status = KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to compare %u tokens", n);
-    /* The last token of the prompt goes first: its logits are those of the first token. */
     if (status == KVL_OK)
-        status =
-            kvl_session_compute_range(r->session, n_prompt - 1, n_prompt - 1 + n, n, reused, error);
+        status = refreshes ? force_refreshing(r, n, reused, error) : force(r, n, reused, error);
     if (status == KVL_OK) summarise(r, reused, evaluation, kl, agrees);
     kvl_session_truncate(r->session, n_prompt);
     kvl_free(agrees);

@@ -9,6 +9,10 @@
 
 /* About a quarter of a second for a small model: a task that comes waits no longer. */
 enum { SLICE_ROWS = 256 };
+/* Beside other work: tens of milliseconds, as a step of many answers. */
+enum { BESIDE_ROWS = 64 };
+/* What an idle host may do at once when work comes back. */
+static const int64_t CREDIT_MAX_NS = 250 * KVL_NS_PER_MS;
 
 static const char UNHEALED[] = "kvloom.unhealed.1";
 
@@ -43,18 +47,48 @@ static void end_job(heal_job *job)
     kvl_free(job);
 }
 
-static heal_job *take_first(heal_queue *queue)
+/* Takes the job behind `before` out; the first where that is NULL. */
+static heal_job *take_behind(heal_queue *queue, heal_job *before)
 {
-    heal_job *job = queue->first;
-    queue->first = job->next;
-    if (queue->first == NULL) queue->last = NULL;
+    heal_job **at = before == NULL ? &queue->first : &before->next;
+    heal_job *job = *at;
+    *at = job->next;
+    if (queue->last == job) queue->last = before;
     queue->n--;
     return job;
 }
 
-static void drop_first(heal_queue *queue)
+static heal_job *take_first(heal_queue *queue)
 {
-    heal_job *job = take_first(queue);
+    return take_behind(queue, NULL);
+}
+
+static bool is_audit(const heal_job *job)
+{
+    return !job->asked.swaps;
+}
+
+static bool is_waiting(const heal_job *job)
+{
+    return job->check.session == NULL;
+}
+
+/* The first job that is so, taken out; NULL: none is. */
+static heal_job *take_if(heal_queue *queue, bool (*is_so)(const heal_job *job))
+{
+    heal_job *before = NULL;
+    for (heal_job *job = queue->first; job != NULL; job = job->next) {
+        if (is_so(job)) return take_behind(queue, before);
+        before = job;
+    }
+    return NULL;
+}
+
+static void drop_one(heal_queue *queue)
+{
+    heal_job *job = take_if(queue, is_audit);
+    if (job == NULL) job = take_if(queue, is_waiting);
+    if (job == NULL) job = take_first(queue);
     queue->n_dropped++;
     kvl_log(KVL_LOG_WARN, "heal_dropped", "waiting=%u remedy=\"ask for fewer healed answers\"",
             queue->n);
@@ -71,7 +105,7 @@ void heal_add(kvl_host *host, heal_request *asked)
         end_request(asked);
         return;
     }
-    while (queue->n >= KVL_HEALS_MAX) drop_first(queue);
+    while (queue->n >= KVL_HEALS_MAX) drop_one(queue);
     job->asked = *asked;
     *asked = (heal_request){0};
     if (queue->last == NULL)
@@ -146,7 +180,7 @@ static void compare_with_sent(void *context, uint32_t at, const float *logits)
     job->n_kl++;
 }
 
-static kvl_status advance(kvl_host *host, heal_job *job, kvl_error *error)
+static kvl_status advance(kvl_host *host, heal_job *job, uint32_t n_rows, kvl_error *error)
 {
     if (job->check.session == NULL) {
         job->kl_sum = 0.0;
@@ -155,20 +189,20 @@ static kvl_status advance(kvl_host *host, heal_job *job, kvl_error *error)
         job->check.context = job;
         KVL_TRY(exact_check_begin(&job->check, host->engine, &job->asked.sent, 0, error));
     }
-    KVL_TRY(exact_check_step(&job->check, SLICE_ROWS, error));
+    KVL_TRY(exact_check_step(&job->check, n_rows, error));
     if (!exact_check_is_done(&job->check)) return KVL_OK;
     (void)donors_learn(host, job->check.session, &job->asked.lesson);
     return job->asked.swaps ? swap(host, job, error) : KVL_OK;
 }
 
-bool heal_step(kvl_host *host)
+static bool step(kvl_host *host, uint32_t n_rows)
 {
     heal_queue *queue = &host->heals;
     heal_job *job = queue->first;
     if (job == NULL) return false;
     kvl_error error = {0};
     const int64_t start = kvl_clock_now(host->clock);
-    const kvl_status status = advance(host, job, &error);
+    const kvl_status status = advance(host, job, n_rows, &error);
     job->spent_ns += kvl_clock_now(host->clock) - start;
     if (status == KVL_OK && !exact_check_is_done(&job->check)) return true;
     (void)take_first(queue);
@@ -182,6 +216,25 @@ bool heal_step(kvl_host *host)
     }
     end_job(job);
     return queue->first != NULL;
+}
+
+bool heal_step(kvl_host *host)
+{
+    return step(host, SLICE_ROWS);
+}
+
+void heal_beside(kvl_host *host, int64_t worked_ns)
+{
+    heal_queue *queue = &host->heals;
+    queue->credit_ns += (int64_t)((double)worked_ns * queue->share / (1.0 - queue->share));
+    if (queue->credit_ns > CREDIT_MAX_NS) queue->credit_ns = CREDIT_MAX_NS;
+    while (queue->first != NULL && queue->credit_ns > 0) {
+        const int64_t start = kvl_clock_now(host->clock);
+        (void)step(host, BESIDE_ROWS);
+        const int64_t took = kvl_clock_now(host->clock) - start;
+        queue->credit_ns -= took;
+        queue->beside_ns += took;
+    }
 }
 
 /* The job of a home becomes the first; whether there is one. */

@@ -1,9 +1,13 @@
 /* host/heal.h: right in the end; private to this room.
  *
- * An answer that was sent from approximate KV is checked behind its back: when the host has nothing
- * else to do, prompt and answer are prefilled in full (host/check.h), the exact KV goes into the
- * prefix tree and is published, and the approximate one is withdrawn. So errors do not pile up from
- * agent to agent. The queue is bounded; what is dropped from it stays marked as unhealed.
+ * An answer that was sent from approximate KV is checked behind its back: prompt and answer are
+ * prefilled in full (host/check.h), the exact KV goes into the prefix tree and is published, and
+ * the approximate one is withdrawn. So errors do not pile up from agent to agent.
+ * When: all the time while the host has nothing else to do; beside other work, a set share of it,
+ * in small slices, so that nobody waits long for one.
+ * The queue is bounded. Where there is no room, the oldest audit goes first, which nobody waits
+ * for; then the oldest answer that is not under way, since what was sent last is read next. What is
+ * dropped stays marked as unhealed, and is counted.
  * Threads  The engine thread only. */
 #ifndef KVL_HOST_HEAL_H
 #define KVL_HOST_HEAL_H
@@ -53,6 +57,9 @@ typedef struct heal_queue {
     uint64_t n_outcomes;
     uint64_t n_healed, n_dropped, n_failed;
     uint64_t n_tokens, n_differed; /* of healed answers */
+    double share;                  /* of the engine's time beside other work; 0 .. 0.9 */
+    int64_t credit_ns;             /* that healing may take beside other work; below 0: owed */
+    int64_t beside_ns;             /* that it ever took so */
 } heal_queue;
 
 struct kvl_host;
@@ -60,11 +67,14 @@ struct kvl_host;
 /* The home that an unhealed answer is published under: nobody who asks for `home` gets it. */
 kvl_digest heal_unhealed_home(const struct kvl_host *host, const kvl_digest *home);
 
-/* Takes the request and what it owns. The oldest goes, counted, where there is no room: what was
- * sent last is read next. Without memory the request is dropped, and counted. */
+/* Takes the request and what it owns. Where there is no room one goes, as said above. Without
+ * memory the request is dropped, and counted. */
 void heal_add(struct kvl_host *host, heal_request *asked);
 /* Computes a slice of the oldest; false where nothing is left to do. */
 bool heal_step(struct kvl_host *host);
+/* The engine has worked for others for worked_ns, and goes on with that: healing takes its share
+ * of the time, now or later. */
+void heal_beside(struct kvl_host *host, int64_t worked_ns);
 /* Heals the answer of this home before the others, for at most max_ns. */
 void heal_wait(struct kvl_host *host, const kvl_digest *home, int64_t max_ns);
 /* A prompt is to be run: what is under way gives its pages back if it could stand in the way. */

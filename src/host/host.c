@@ -9,13 +9,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* A task as it waits for the engine thread. */
-typedef struct waiting_task {
-    uint64_t id;
-    size_t n_bytes;
-    uint8_t body[];
-} waiting_task;
-
 kvl_host_options kvl_host_default_options(void)
 {
     return (kvl_host_options){
@@ -27,6 +20,7 @@ kvl_host_options kvl_host_default_options(void)
         .audit_share = 0.05,
         .donors = true,
         .donor_bytes_max = UINT64_C(1) << 30,
+        .heal_share = 0.1,
     };
 }
 
@@ -34,19 +28,11 @@ kvl_host_options kvl_host_default_options(void)
 static void accept_task(void *context, uint64_t id, const void *body, size_t n_bytes)
 {
     kvl_host *host = context;
-    waiting_task *task = kvl_alloc(sizeof *task + n_bytes);
-    kvl_status status = KVL_ERR_NO_MEMORY;
-    if (task != NULL) {
-        task->id = id;
-        task->n_bytes = n_bytes;
-        memcpy(task->body, body, n_bytes);
-        status = kvl_queue_push(host->tasks, task);
-    }
+    const kvl_status status = waiting_push(host, id, body, n_bytes);
     if (status == KVL_OK) {
         if (host->service != NULL) kvl_service_wake(host->service);
         return;
     }
-    kvl_free(task);
     kvl_exchange_reply(host->exchange, id, status, "this host has no room for another task", NULL,
                        0);
 }
@@ -133,6 +119,7 @@ static kvl_status create_parts(kvl_host *host, const kvl_host_options *options, 
     KVL_TRY(kvl_anchor_pool_create(&anchors, &host->anchors, error));
     load_anchors(host);
     KVL_TRY(kvl_align_create(KVL_DONORS_MAX, &host->donors, error));
+    KVL_TRY(waiting_init(&host->waiting, options->in_order, error));
     if (kvl_queue_create(KVL_HOST_TASKS_MAX, &host->tasks) != KVL_OK)
         return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for the task queue");
     if (options->scheduler != NULL) {
@@ -156,6 +143,9 @@ static kvl_status create_parts(kvl_host *host, const kvl_host_options *options, 
 kvl_status kvl_host_create(const kvl_host_options *options, kvl_host **host, kvl_error *error)
 {
     *host = NULL;
+    if (!(options->heal_share >= 0.0 && options->heal_share <= 0.9))
+        return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "heal_share is %g; it must be 0 to 0.9",
+                        options->heal_share);
     if (options->name == NULL || strlen(options->name) >= KVL_SLOT_NAME_MAX)
         return KVL_FAIL(error, KVL_ERR_INVALID, "the host's name must have 1 to %u bytes",
                         KVL_SLOT_NAME_MAX - 1);
@@ -164,6 +154,7 @@ kvl_status kvl_host_create(const kvl_host_options *options, kvl_host **host, kvl
     made->clock = kvl_clock_system();
     (void)pthread_mutex_init(&made->seen.lock, NULL);
     made->segment_dtype = options->segment_dtype;
+    made->heals.share = options->heal_share;
     made->rates = host_first_rates();
     made->stream = options->stream;
     made->stream_context = options->stream_context;
@@ -187,11 +178,13 @@ void kvl_host_destroy(kvl_host *host)
     if (host->tasks != NULL) {
         for (void *task = kvl_queue_pop(host->tasks); task != NULL;
              task = kvl_queue_pop(host->tasks))
-            kvl_free(task);
+            waiting_task_destroy(task);
     }
+    waiting_deinit(&host->waiting);
     kvl_queue_destroy(host->tasks);
     kvl_service_destroy(host->service);
     heal_deinit(host);
+    plans_deinit(host);
     if (host->quality.path != NULL) host_save_quality(host);
     quality_deinit(&host->quality);
     kvl_anchor_pool_destroy(host->anchors);
@@ -301,6 +294,13 @@ static kvl_status fill_status(kvl_host *host, Kvloom__V1__StatusReply *status, k
     status->heals_failed = heals->n_failed;
     status->healed_tokens = heals->n_tokens;
     status->differed_tokens = heals->n_differed;
+    status->heal_beside_ms = kvl_ns_to_ms(heals->beside_ns);
+    status->tasks_moved = host->waiting.n_moved;
+    kvl_tier_stats memory = {0};
+    host->memory->ops->stats(host->memory, &memory);
+    status->store_hits = store.hits;
+    status->memory_hits = memory.hits;
+    status->memory_misses = memory.misses;
     return quality_fill_status(&host->quality, status, error);
 }
 
@@ -320,11 +320,12 @@ static kvl_status ask_heal(kvl_host *host, const Kvloom__V1__HealTask *asked,
 static void do_task(kvl_host *host, const waiting_task *task)
 {
     kvl_error error = {0};
-    Kvloom__V1__HostTask *asked = kvloom__v1__host_task__unpack(NULL, task->n_bytes, task->body);
+    const Kvloom__V1__HostTask *asked = task->asked;
     Kvloom__V1__HostReply answer = KVLOOM__V1__HOST_REPLY__INIT;
     Kvloom__V1__RunReply ran = KVLOOM__V1__RUN_REPLY__INIT;
     Kvloom__V1__StatusReply state = KVLOOM__V1__STATUS_REPLY__INIT;
     Kvloom__V1__HealReply healing = KVLOOM__V1__HEAL_REPLY__INIT;
+    Kvloom__V1__PlanReply *plan = NULL;
     kvl_status status = KVL_OK;
     switch (asked == NULL ? KVLOOM__V1__HOST_TASK__WHAT__NOT_SET : asked->what_case) {
     case KVLOOM__V1__HOST_TASK__WHAT_RUN:
@@ -347,6 +348,11 @@ static void do_task(kvl_host *host, const waiting_task *task)
         answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_HEAL;
         answer.heal = &healing;
         break;
+    case KVLOOM__V1__HOST_TASK__WHAT_PLAN:
+        status = plans_find(host, asked->plan->request_id, &plan, &error);
+        answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_PLAN;
+        answer.plan = plan;
+        break;
     case KVLOOM__V1__HOST_TASK__WHAT_FORGET:
         status = forget(host, asked->forget, &answer.forgotten, &error);
         answer.what_case = KVLOOM__V1__HOST_REPLY__WHAT_FORGOTTEN;
@@ -363,7 +369,7 @@ static void do_task(kvl_host *host, const waiting_task *task)
     reply(host, task->id, status, &error, &answer);
     host_reply_deinit(&ran);
     quality_free_status(&state);
-    if (asked != NULL) kvloom__v1__host_task__free_unpacked(asked, NULL);
+    if (plan != NULL) kvloom__v1__plan_reply__free_unpacked(plan, NULL);
 }
 
 static bool heal_when_idle(kvl_host *host)
@@ -373,18 +379,32 @@ static bool heal_when_idle(kvl_host *host)
     return has_more;
 }
 
-/* Heals where there is nothing else to do; true while some of that is left. */
+/* Between two steps of the service. Heals where there is nothing else to do, and its share beside
+ * steps and tasks; true while some of it is left. */
 static bool do_waiting_tasks(void *context, bool is_idle)
 {
     kvl_host *host = context;
+    const int64_t start = kvl_clock_now(host->clock);
+    int64_t worked_ns = host->left_ns == 0 || is_idle ? 0 : start - host->left_ns;
     while (!host->stopping) {
-        waiting_task *task = kvl_queue_try_pop(host->tasks);
-        if (task == NULL) return is_idle && heal_when_idle(host);
+        waiting_task *task = waiting_next(host, false);
+        if (task == NULL) break;
+        const int64_t before = kvl_clock_now(host->clock);
         do_task(host, task);
-        kvl_free(task);
+        waiting_task_destroy(task);
+        worked_ns += kvl_clock_now(host->clock) - before;
     }
-    kvl_service_stop(host->service);
-    return false;
+    if (host->stopping) {
+        kvl_service_stop(host->service);
+        return false;
+    }
+    if (!is_idle && host->heals.first != NULL) {
+        heal_beside(host, worked_ns);
+        host_show(host);
+    }
+    const bool has_more = is_idle ? heal_when_idle(host) : host->heals.first != NULL;
+    host->left_ns = kvl_clock_now(host->clock);
+    return has_more;
 }
 
 const kvl_model *kvl_host_model(const kvl_host *host)
@@ -405,14 +425,16 @@ void kvl_host_run(kvl_host *host)
     }
     bool heals = false;
     while (!host->stopping) {
-        waiting_task *task = heals ? kvl_queue_try_pop(host->tasks) : kvl_queue_pop(host->tasks);
+        waiting_task *task = waiting_next(host, !heals);
         if (task == NULL && !heals) return;
         if (task == NULL) {
             heals = heal_when_idle(host) && !atomic_load(&host->is_closed);
             continue;
         }
+        const int64_t before = kvl_clock_now(host->clock);
         do_task(host, task);
-        kvl_free(task);
+        waiting_task_destroy(task);
+        if (waiting_any(host)) heal_beside(host, kvl_clock_now(host->clock) - before);
         heals = host->heals.first != NULL;
     }
 }

@@ -1,7 +1,8 @@
 /* host/host.h: one agent host: an engine, a store, anchors and an exchange, run by tasks.
  *
  * Tasks come from clients over the exchange (proto/host.proto) and are done one after another by
- * the engine thread; a full queue is answered with KVL_ERR_BUSY. Threads  kvl_host_run takes the
+ * the engine thread, those that save most first (host/order.h); a full queue is answered with
+ * KVL_ERR_BUSY. Threads  kvl_host_run takes the
  * calling thread as the engine thread. */
 #ifndef KVL_HOST_HOST_H
 #define KVL_HOST_HOST_H
@@ -10,6 +11,7 @@
 #include "host/service.h"
 
 #define KVL_TENANT_KEY_BYTES 32u
+/* Tasks that wait in order; as many more may come while one runs. */
 #define KVL_HOST_TASKS_MAX 16u
 
 typedef struct kvl_host_options {
@@ -23,10 +25,12 @@ typedef struct kvl_host_options {
     kvl_engine_options engine;
     kvl_anchor_options anchors;
     kvl_kv_dtype segment_dtype; /* of segments that this host publishes */
+    double heal_share;          /* of the engine's time for healing while others wait; 0 .. 0.9 */
     /* With a service (host/service.h) its answers and this host's tasks share the engine thread:
      * a task runs between two steps. NULL: none. */
     const kvl_scheduler_options *scheduler;
-    bool donors;              /* kept and used where a task names a collection and says no more */
+    bool in_order; /* tasks go as they come; false: those first that save most (order.h) */
+    bool donors;   /* kept and used where a task names a collection and says no more */
     uint64_t donor_bytes_max; /* of donors on disk, a quarter of memory_bytes_max of it in memory
                                  as well; 0: there are none */
     double audit_share;       /* of reused requests that are computed in full when idle; 0 .. 1 */
@@ -38,8 +42,9 @@ typedef struct kvl_host_options {
     uint8_t tenant_key[KVL_TENANT_KEY_BYTES];
 } kvl_host_options;
 
-/* 4 GiB of store, 1 GiB of memory and 1 GiB of donors, int8 segments; 5 % are audited; donors are
- * on where a task names a collection (docs/rag.md says what they gave). */
+/* 4 GiB of store, 1 GiB of memory and 1 GiB of donors, int8 segments; 5 % are audited, and
+ * healing has 10 % of the time beside other work; donors are on where a task names a collection
+ * (docs/rag.md says what they gave). */
 kvl_host_options kvl_host_default_options(void);
 
 typedef struct kvl_host kvl_host;

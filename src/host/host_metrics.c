@@ -15,6 +15,8 @@ void host_show(kvl_host *host)
     (void)pthread_mutex_lock(&host->seen.lock);
     host_seen *seen = &host->seen;
     seen->n_waiting = heals->n;
+    seen->heal_beside_ns = heals->beside_ns;
+    seen->n_moved = host->waiting.n_moved;
     seen->n_healed = heals->n_healed;
     seen->n_dropped = heals->n_dropped;
     seen->n_failed = heals->n_failed;
@@ -49,6 +51,10 @@ static void print_counts(FILE *out, const host_seen *seen)
         {"healed_tokens_total", "counter", "Tokens of healed answers.", seen->n_tokens},
         {"differed_tokens_total", "counter", "Of these, not what exact KV would have given.",
          seen->n_differed},
+        {"heal_beside_ms_total", "counter", "Healing beside other work, milliseconds.",
+         (uint64_t)(seen->heal_beside_ns / KVL_NS_PER_MS)},
+        {"tasks_moved_total", "counter", "Tasks that went before one that came earlier.",
+         seen->n_moved},
         {"gated_total", "counter", "Answers that the gate was asked about.", seen->n_gated},
         {"healed_first_total", "counter", "Of these, verified before they were sent.",
          seen->n_healed_first},

@@ -9,7 +9,10 @@
 #include "host/donor.h"
 #include "host/heal.h"
 #include "host/host.h"
+#include "host/plans.h"
 #include "host/quality.h"
+#include "host/refresh.h"
+#include "host/waiting.h"
 #include "reuse/align.h"
 #include "reuse/correct.h"
 #include "reuse/planner.h"
@@ -44,6 +47,8 @@ typedef struct reference {
 /* What other threads may look at: a copy, filled by the engine thread. */
 typedef struct host_seen {
     pthread_mutex_t lock;
+    int64_t heal_beside_ns;
+    uint64_t n_moved;
     uint64_t n_waiting, n_healed, n_dropped, n_failed, n_tokens, n_differed;
     uint64_t n_gated, n_healed_first, n_audits, n_audits_skipped;
     uint32_t n_rows;
@@ -65,7 +70,8 @@ struct kvl_host {
     kvl_tier *memory; /* its first tier, borrowed from it: what came from peers stays here */
     kvl_exchange *exchange;
     kvl_anchor_pool *anchors;
-    kvl_queue *tasks;
+    kvl_queue *tasks; /* as they come; the engine thread takes them from `waiting` */
+    waiting_tasks waiting;
     kvl_service *service; /* or NULL */
     const kvl_clock *clock;
     kvl_kv_dtype segment_dtype;
@@ -86,8 +92,10 @@ struct kvl_host {
     reference reference;
     kvl_plan_rates rates; /* measured on this host, refreshed by every run */
     heal_queue heals;
+    plan_book plans;
     quality_book quality;
     host_seen seen;
+    int64_t left_ns; /* when work between two steps of the service was last over */
     bool stopping;
     _Atomic bool is_closed; /* kvl_host_stop: what waits is not healed any more */
 };
@@ -103,6 +111,7 @@ typedef struct run_part {
     kvl_container *container; /* its KV at home, once it is had; a reference */
     bool is_aligned;          /* the container is another text's, with these tokens in it, */
     uint32_t container_first; /* from here on */
+    bool is_declined;         /* it could be loaded, but computing it is faster */
     bool is_missing;          /* an answer that was asked for and is not to be had */
     bool is_unhealed;         /* `container` is an answer whose own KV was approximate */
     bool is_donor;            /* `container` is its KV in an earlier exact prompt of the scope */
@@ -131,6 +140,7 @@ typedef struct run {
     uint32_t n_shared;
     uint32_t *positions;             /* [n_ids] scratch: what is computed */
     const kvl_select_policy *select; /* NULL: nothing is blended */
+    kvl_select_policy widened;       /* what `select` is where more is computed again for free */
     const kvl_correction *correction;
     kvl_digest scope; /* of donors and means: workflow and collection */
     bool has_scope, reads_donors, keeps_donors, learns_mean;
@@ -147,6 +157,8 @@ typedef struct run {
     float lowest_probability; /* of the likeliest token, over the answer */
     float *sent_logits;       /* [n_sent_logits][n_vocab] before the first tokens; NULL: no audit */
     uint32_t n_sent_logits;
+    uint32_t *again; /* [n_again] placed positions computed again before the first token; or NULL */
+    uint32_t n_again;
     uint32_t n_filled; /* positions that run_fill computed, in `positions` */
     float gate_score, gate_bar;
     bool is_gated, is_healed_first;
@@ -159,6 +171,10 @@ typedef struct run {
     bool ended;
     int64_t start_ns, first_token_ns, end_ns;
     int64_t fetch_ns, correct_ns, place_ns, select_ns, compute_ns, verify_ns, wait_ns;
+    kvl_refresh refresh; /* of the answer, while it is decoded */
+    float *scores;       /* [2][n_ids] what chose among the placed tokens, and their deviation;
+                            NULL: nothing is refreshed, nobody asks */
+    bool has_scores, has_deviation;
     kvl_load_times *load_times; /* NULL: nothing was loaded beside the computing */
     kvl_digest answer_home;
     kvl_digest *anchors; /* [KVL_PARTS_MAX] measured in this run */
@@ -252,10 +268,14 @@ KVL_MUST_USE kvl_status run_measure_anchors(run *r, kvl_error *error);
 /* host/reuse.c */
 /* Moves a measured rate towards amount / ms. */
 void host_learn_rate(double *rate, double amount, double ms);
+/* Bytes of KV of a token as segments are kept here. */
+double host_bytes_of_token(const kvl_host *host);
 /* What the planner believes before anything was measured here. */
 kvl_plan_rates host_first_rates(void);
 /* Whether KV at home goes straight into pages while the first layers are computed. */
 bool run_loads_beside(const run *r);
+/* Has KV at home of what is placed in the host's bases again, as it was before it was corrected. */
+KVL_MUST_USE kvl_status run_load_bases(run *r, kvl_error *error);
 /* Chooses what to do with each part: matches anchors where KV at home was resolved. */
 KVL_MUST_USE kvl_status run_plan(run *r, kvl_error *error);
 /* Places what is reused and computes the rest; logits of the prompt's last token end in
@@ -276,6 +296,15 @@ uint32_t run_merge(const uint32_t *computed, uint32_t n_computed, const uint32_t
  * The rows in `positions` are computed on the way.
  * scores   [n_ids] zeros; the attention of the rows that said the draft, by position */
 KVL_MUST_USE kvl_status run_draft(run *r, uint32_t n_computed, float *scores, kvl_error *error);
+
+/* host/refresh.c: refreshing the run's stale tokens while it decodes (host/refresh.h), where the
+ * task asks for it: made ready behind run_fill; the `compute` of kvl_decode_options; and what the
+ * choice of tokens went by, which blend.c tells. */
+KVL_MUST_USE kvl_status run_begin_refresh(run *r, kvl_error *error);
+KVL_MUST_USE kvl_status run_decode_row(void *r, kvl_session *session, uint32_t n_logits,
+                                       float *logits, kvl_error *error);
+void run_keep_scores(run *r, const float *scores);
+void run_keep_deviation(run *r, const float *deviation);
 
 /* host/resolve.c: the segment `id` from a peer, kept in memory; part->container stays NULL where
  * nobody has it. */
@@ -317,8 +346,10 @@ double divergence(const float *full, const float *reused, uint32_t n_vocab, bool
 void reference_deinit(reference *kept);
 KVL_MUST_USE kvl_status reference_begin(reference *kept, const run *r, kvl_error *error);
 void reference_add(reference *kept, uint32_t n_vocab, const float *logits);
-/* Forces the reference's answer behind the first n_prompt tokens of the session and compares. */
-KVL_MUST_USE kvl_status run_evaluate(run *r, Kvloom__V1__Evaluation *evaluation, kvl_error *error);
+/* Forces the reference's answer behind the first n_prompt tokens of the session and compares.
+ * refreshes  the prompt is filled anew, and refreshed as the task says while it is forced */
+KVL_MUST_USE kvl_status run_evaluate(run *r, bool refreshes, Kvloom__V1__Evaluation *evaluation,
+                                     kvl_error *error);
 
 /* host/run.c: one run task from end to end; packs the reply. */
 KVL_MUST_USE kvl_status host_run_task(kvl_host *host, const Kvloom__V1__RunTask *task,

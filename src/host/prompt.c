@@ -131,6 +131,9 @@ kvl_status run_init(run *r, kvl_host *host, const Kvloom__V1__RunTask *task, kvl
     if (strlen(task->workflow) > 64 || strlen(task->template_name) > 64)
         return KVL_FAIL(error, KVL_ERR_TOO_LARGE,
                         "workflow and template_name have at most 64 bytes");
+    if (task->refresh > KVL_REFRESH_MAX)
+        return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "refresh is %u; it must be 0 to %u",
+                        task->refresh, KVL_REFRESH_MAX);
     KVL_TRY(find_policy(r, error));
     KVL_TRY(run_find_scope(r, error));
     KVL_TRY(host_home_find(host, task, &r->home, error));
@@ -141,7 +144,9 @@ kvl_status run_init(run *r, kvl_host *host, const Kvloom__V1__RunTask *task, kvl
     r->template_id = identify_template(r);
     r->positions = kvl_alloc_zero(r->n_ids, sizeof *r->positions);
     r->anchors = kvl_alloc_zero(KVL_PARTS_MAX, sizeof *r->anchors);
-    if (r->positions == NULL || r->anchors == NULL)
+    const bool refreshes = task->refresh > 0 && task->mode == KVLOOM__V1__MODE__MODE_REUSE;
+    if (refreshes) r->scores = kvl_alloc_zero(2 * r->n_ids, sizeof *r->scores);
+    if (r->positions == NULL || r->anchors == NULL || (refreshes && r->scores == NULL))
         return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a run");
     return kvl_session_create(host->engine, &r->session, error);
 }
@@ -161,4 +166,7 @@ void run_deinit(run *r)
     kvl_free(r->sent.tokens);
     kvl_free(r->sent_logits);
     kvl_free(r->load_times);
+    kvl_free(r->scores);
+    kvl_free(r->again);
+    kvl_refresh_deinit(&r->refresh);
 }

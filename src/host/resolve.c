@@ -3,7 +3,9 @@
 #include "base/alloc.h"
 #include "base/log.h"
 #include "host/host_parts.h"
+#include "reuse/controller.h"
 
+#include <math.h>
 #include <string.h>
 
 /* A peer that does not answer within this time costs more than computing would. */
@@ -80,20 +82,79 @@ static kvl_status compute_at_home(run *r, run_part *part, kvl_error *error)
     return status;
 }
 
-static void find(run *r, run_part *part)
+/* Out of the store; how fast it came, where it came from the disk. */
+static bool take(run *r, run_part *part, bool is_in_memory)
 {
-    kvl_tier *store = r->host->store;
+    kvl_host *host = r->host;
+    const int64_t start = kvl_clock_now(host->clock);
+    if (host->store->ops->get(host->store, &part->id, true, &part->container, NULL) != KVL_OK)
+        return false;
+    /* Counted as used already, so that it is still in memory when the next one comes for it. */
+    if (!is_in_memory && host->memory->ops->touch != NULL && waiting_wants(host, &part->id))
+        host->memory->ops->touch(host->memory, &part->id);
+    size_t n_bytes = 0;
+    (void)kvl_container_bytes(part->container, &n_bytes);
+    if (!is_in_memory && n_bytes >= BYTES_THAT_TELL)
+        host_learn_rate(&host->rates.disk_bytes_per_ms, (double)n_bytes,
+                        kvl_ns_to_ms(kvl_clock_now(host->clock) - start));
+    return true;
+}
+
+/* A rate that was once found slow would be so for ever, if nothing were loaded by it any more. */
+static void doubt(double *rate, double first)
+{
+    enum { TIMES = 32 };
+    if (*rate < first) *rate += (first - *rate) / TIMES;
+}
+
+/* A text at a canonical home, from where it is had fastest; declined where computing it is. What no
+ * peer has told of is asked for all the same: it costs a question. */
+static void load_canonical(run *r, run_part *part)
+{
+    enum { DISK, PEER, PLACES };
+    kvl_host *host = r->host;
+    kvl_plan_rates *rates = &host->rates;
+    const bool is_in_memory = host->memory->ops->has(host->memory, &part->id);
+    const bool is_here = is_in_memory || host->store->ops->has(host->store, &part->id);
+    if (is_in_memory && take(r, part, true)) return;
+    const uint32_t n = part->n_tokens;
+    const double bytes = n * host_bytes_of_token(host);
+    const kvl_plan_part disk = {.where = KVL_SEGMENT_DISK, .segment_bytes = (uint64_t)bytes};
+    const kvl_plan_part peer = {.where = KVL_SEGMENT_PEER, .segment_bytes = (uint64_t)bytes};
+    const double load_ms[PLACES] = {is_here ? kvl_plan_load_ms(rates, &disk, n) : HUGE_VAL,
+                                    kvl_plan_load_ms(rates, &peer, n)};
+    const kvl_load_case about = {.prefill_ms = kvl_plan_compute_ms(rates, part->first, n)};
+    const size_t from = kvl_load_choose(&about, load_ms, PLACES);
+    const bool is_there = kvl_exchange_was_announced(host->exchange, &part->id);
+    const bool asks = from == PEER && (!is_here || is_there);
+    if (from == PLACES) {
+        const kvl_plan_rates first = host_first_rates();
+        doubt(&rates->disk_bytes_per_ms, first.disk_bytes_per_ms);
+        doubt(&rates->fetch_bytes_per_ms, first.fetch_bytes_per_ms);
+        part->is_declined = is_here || is_there;
+        return;
+    }
+    if (asks) run_fetch(r, part, &part->id);
+    if (part->container == NULL && is_here && take(r, part, false)) return;
+    if (part->container == NULL && !asks) run_fetch(r, part, &part->id);
+}
+
+static void find(run *r, run_part *part, bool may_compute)
+{
+    kvl_host *host = r->host;
     if (run_find_donor(r, part)) return;
     if (!part->is_canonical)
         run_find_answer(r, part);
-    else if (store->ops->get(store, &part->id, true, &part->container, NULL) != KVL_OK)
+    else if (!may_compute)
+        load_canonical(r, part);
+    else if (!take(r, part, host->memory->ops->has(host->memory, &part->id)))
         run_fetch(r, part, &part->id);
 }
 
 static kvl_status resolve_part(run *r, run_part *part, bool may_compute, kvl_error *error)
 {
     kvl_host *host = r->host;
-    find(r, part);
+    find(r, part, may_compute);
     if (part->container != NULL && !fits(host, r, part)) {
         kvl_log(KVL_LOG_WARN, "segment_does_not_fit", "slot=%s", part->asked->slot);
         kvl_container_release(part->container);
@@ -118,7 +179,7 @@ kvl_status run_resolve(run *r, bool may_compute, kvl_error *error)
         run_part *part = &r->parts[p];
         const bool is_shared = part->first + part->n_tokens <= r->n_shared;
         if (!part->is_slot || part->n_tokens == 0 || is_shared) continue;
-        if (part->container != NULL || part->is_missing) continue;
+        if (part->container != NULL || part->is_missing || part->is_declined) continue;
         KVL_TRY(resolve_part(r, part, may_compute, error));
     }
     for (uint32_t i = 0; may_compute && i < r->n_whole; i++) {

@@ -17,6 +17,7 @@ kvl_plan_rates host_first_rates(void)
         .prefill_ms_per_token = 1.5,
         .prefill_ms_per_square_token = 0.0002,
         .local_bytes_per_ms = 2e6,
+        .disk_bytes_per_ms = 1e6,
         .fetch_bytes_per_ms = 1e6,
         .fetch_latency_ms = 1.0,
         .place_tokens_per_ms = 50.0,
@@ -89,6 +90,28 @@ static bool some_slot_lacks_anchors(const run *r)
     return false;
 }
 
+/* Loading is slower than computing again what the policy asks for: the heads of the chunks grow
+ * until it is not. */
+static void widen(run *r, uint32_t n_blended, double share)
+{
+    uint32_t n_runs = 0;
+    for (uint32_t p = 0; p < r->n_parts; p++)
+        n_runs += r->parts[p].step.action == KVL_ACTION_BLEND && r->parts[p].step.n_reused > 0;
+    const uint32_t n_sink = (uint32_t)(share * n_blended / n_runs);
+    if (n_sink <= r->select->n_sink) return;
+    r->widened = *r->select;
+    r->widened.n_sink = n_sink;
+    r->select = &r->widened;
+}
+
+double host_bytes_of_token(const kvl_host *host)
+{
+    const kvl_model_shape *s = host->engine->shape;
+    const kvl_kv_dtype dtype = host->segment_dtype;
+    const double width = dtype == KVL_KV_F32 ? 4.0 : dtype == KVL_KV_INT8 ? 1.0 : 2.0;
+    return 2.0 * s->n_layers * s->n_kv_heads * s->head_dim * width;
+}
+
 kvl_status run_plan(run *r, kvl_error *error)
 {
     const int64_t start = kvl_clock_now(r->host->clock);
@@ -101,6 +124,9 @@ kvl_status run_plan(run *r, kvl_error *error)
     kvl_plan_options options = kvl_plan_default_options();
     options.quality = quality_of(r);
     options.blend = r->select != NULL;
+    /* A policy that asks for scores has a pass over everything loaded before it computes again. */
+    options.blend_overlaps =
+        run_loads_beside(r) && !r->task->load_first && r->select->score == KVL_SELECT_NO_SCORE;
     options.anchors = !options.blend;
     options.all_or_nothing = !options.blend && some_slot_lacks_anchors(r);
     quality_entry *known =
@@ -110,6 +136,9 @@ kvl_status run_plan(run *r, kvl_error *error)
     kvl_plan_totals totals = {0};
     kvl_plan_make(&options, &r->host->rates, about, r->n_parts, steps, &totals);
     for (uint32_t p = 0; p < r->n_parts; p++) r->parts[p].step = steps[p];
+    /* A policy that was asked for by its name does what it says. */
+    if (r->task->select[0] == '\0' && totals.blend_share > options.blend_share)
+        widen(r, (uint32_t)totals.n_blended, totals.blend_share);
     r->expected_error = totals.error;
     r->is_exact = totals.n_placed == 0 && totals.n_offset == 0 && totals.n_blended == 0;
     r->correct_ns += kvl_clock_now(r->host->clock) - start;
@@ -196,11 +225,23 @@ static kvl_status begin_loading(run *r, kvl_error *error)
         if (loads[n - 1].mean != NULL) r->n_shifted += part->step.n_reused;
     }
     if (n == 0) return KVL_OK;
+    kvl_free(r->load_times); /* of an earlier filling */
     r->load_times = kvl_alloc_zero(1, sizeof *r->load_times);
     if (r->load_times == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a run");
     KVL_TRY(kvl_session_load_begin(r->session, loads, n, error));
     if (r->task->load_first) kvl_session_load_end(r->session, r->load_times);
     r->place_ns += kvl_clock_now(r->host->clock) - start;
+    return KVL_OK;
+}
+
+kvl_status run_load_bases(run *r, kvl_error *error)
+{
+    kvl_host *host = r->host;
+    for (uint32_t p = 0; p < r->n_parts; p++) {
+        const run_part *part = &r->parts[p];
+        if (part->step.n_reused > 0)
+            KVL_TRY(kv_buffer_load(&host->bases[part->slot], host->engine, part->container, error));
+    }
     return KVL_OK;
 }
 
@@ -214,6 +255,17 @@ static kvl_status place_parts(run *r, bool with_anchors, kvl_error *error)
     return KVL_OK;
 }
 
+/* The loading thread's own time: what it waits for is in no rate. */
+static void learn_loading(run *r)
+{
+    uint32_t n = 0;
+    r->wait_ns = r->load_times->wait_ns;
+    for (uint32_t p = 0; p < r->n_parts; p++) n += r->parts[p].step.n_reused;
+    if (n >= TOKENS_THAT_TELL)
+        host_learn_rate(&r->host->rates.place_tokens_per_ms, n,
+                        kvl_ns_to_ms(r->load_times->busy_ns));
+}
+
 kvl_status run_fill(run *r, bool with_anchors, kvl_error *error)
 {
     KVL_TRY(place_parts(r, with_anchors, error));
@@ -225,7 +277,7 @@ kvl_status run_fill(run *r, bool with_anchors, kvl_error *error)
     const int64_t took = kvl_clock_now(r->host->clock) - start;
     r->compute_ns += took;
     kvl_session_load_end(r->session, r->load_times);
-    if (r->load_times != NULL) r->wait_ns = r->load_times->wait_ns;
+    if (r->load_times != NULL) learn_loading(r);
     learn_prefill(&r->host->rates, n, kvl_ns_to_ms(took));
     return KVL_OK;
 }

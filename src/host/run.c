@@ -66,9 +66,11 @@ static kvl_status decode(run *r, bool is_full, kvl_error *error)
     const kvl_decode_options options = {
         .max_tokens = r->task->max_tokens,
         .guess = r->draft,
-        .n_guess = is_full ? 0 : r->n_draft,
+        /* Refreshing goes from token to token. */
+        .n_guess = is_full || r->task->refresh > 0 ? 0 : r->n_draft,
         .keep_last = !is_full,
         .drawn = is_full ? keep_reference : watch,
+        .compute = is_full || r->task->refresh == 0 ? NULL : run_decode_row,
         .context = r,
     };
     r->first_token_ns = kvl_clock_now(host->clock);
@@ -170,18 +172,14 @@ static void count_wrong_tokens(run *r)
 /* Compares with the reference; where asked, also without anchors, everything else the same. */
 static kvl_status evaluate(run *r, kvl_error *error)
 {
-    kvl_host *host = r->host;
     if (r->is_exact || r->is_verified) count_wrong_tokens(r);
-    KVL_TRY(run_evaluate(r, &r->evaluation, error));
+    const bool refreshes = r->task->refresh > 0 && !r->is_exact && !r->is_verified && !r->is_gated;
+    KVL_TRY(run_evaluate(r, refreshes, &r->evaluation, error));
     r->has_evaluation = true;
     if (!r->task->place_only || r->is_exact || r->is_verified) return KVL_OK;
-    for (uint32_t p = 0; p < r->n_parts; p++) {
-        const run_part *part = &r->parts[p];
-        if (part->step.n_reused > 0)
-            KVL_TRY(kv_buffer_load(&host->bases[part->slot], host->engine, part->container, error));
-    }
+    KVL_TRY(run_load_bases(r, error));
     KVL_TRY(run_fill(r, false, error));
-    KVL_TRY(run_evaluate(r, &r->place_only, error));
+    KVL_TRY(run_evaluate(r, false, &r->place_only, error));
     r->has_place_only = true;
     return KVL_OK;
 }
@@ -219,6 +217,7 @@ static void fill_part(const run *r, const run_part *part, Kvloom__V1__PartReport
     report->distance = part->match.distance;
     const char *reason = part->step.reason == NULL ? "" : part->step.reason;
     if (part->is_aligned) reason = "these tokens stand in another text that was read";
+    if (part->is_declined && n_reused == 0) reason = "cheaper to compute than to load";
     if (part->is_donor) reason = "its KV stood in an earlier exact prompt of this workflow";
     report->donor = part->is_donor;
     if (part->is_missing) reason = "its segment was not to be had: computed";
@@ -389,6 +388,22 @@ static kvl_status fill_reply(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
     return KVL_OK;
 }
 
+/* Placed positions that were computed again, for whoever asks how this request was had; without
+ * memory nobody is told. */
+static void note_again(run *r)
+{
+    if (r->n_recomputed == 0) return;
+    r->again = kvl_alloc_zero(r->n_filled, sizeof *r->again);
+    uint32_t p = 0;
+    for (uint32_t i = 0; i < r->n_filled && r->again != NULL; i++) {
+        const uint32_t at = r->positions[i];
+        while (at >= r->parts[p].first + r->parts[p].n_tokens) p++;
+        const kvl_plan_step *step = &r->parts[p].step;
+        const uint32_t first = r->parts[p].first + step->n_shared;
+        if (at >= first && at < first + step->n_reused) r->again[r->n_again++] = at;
+    }
+}
+
 static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *error)
 {
     const bool may_reuse = r->task->quality != KVLOOM__V1__QUALITY__QUALITY_EXACT;
@@ -401,8 +416,11 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
     if (early && r->task->align && run_loads_beside(r)) KVL_TRY(run_align(r, error));
     KVL_TRY(run_plan(r, error));
     KVL_TRY(run_fill(r, true, error));
+    note_again(r);
     run_begin_audit(r);
+    KVL_TRY(run_begin_refresh(r, error));
     KVL_TRY(decode(r, false, error));
+    const uint32_t n_refreshed[] = {r->refresh.n_refreshed, r->refresh.n_steps};
     KVL_TRY(keep_sent(r, error));
     /* From here on nothing is in the time to first token, nor in the answer's. What was spent on
      * the way to it is kept, and the answer copied before the comparison overwrites it. */
@@ -433,6 +451,8 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
     r->select_ns = spent[3];
     r->compute_ns = spent[4];
     r->n_recomputed = n_recomputed;
+    reply->refreshed = n_refreshed[0];
+    reply->refresh_steps = n_refreshed[1];
     r->n_shifted = n_shifted;
     return KVL_OK;
 }
@@ -482,6 +502,7 @@ kvl_status host_run_task(kvl_host *host, const Kvloom__V1__RunTask *task,
         status = is_plan ? run_explain(r, error) : run_reuse(r, reply, error);
     }
     if (status == KVL_OK) status = fill_reply(r, reply, error);
+    if (status == KVL_OK && !is_read) plans_keep(host, r, reply);
     if (status != KVL_OK)
         kvl_log(KVL_LOG_WARN, "run_failed", "status=%s text=\"%s\"", kvl_status_name(status),
                 error->text);

@@ -1,5 +1,6 @@
 /* host/scheduler.c: requests come, wait, run, pause and end. */
 #include "base/alloc.h"
+#include "host/order.h"
 #include "host/scheduler_parts.h"
 
 #include <string.h>
@@ -11,6 +12,7 @@ enum { RUNNING_DEFAULT = 64, WAITING_DEFAULT = 256, STEP_ROWS_DEFAULT = 256, STE
 static void fill_options(kvl_scheduler_options *options)
 {
     if (options->n_running_max == 0) options->n_running_max = RUNNING_DEFAULT;
+    if (options->clock == NULL) options->clock = kvl_clock_system();
     if (options->n_waiting_max == 0) options->n_waiting_max = WAITING_DEFAULT;
     if (options->n_step_rows == 0) options->n_step_rows = STEP_ROWS_DEFAULT;
     /* Every running branch may have a row, and a prompt must get on beside them. */
@@ -168,6 +170,7 @@ kvl_status kvl_scheduler_submit(kvl_scheduler *scheduler, const kvl_generation *
     request->next = scheduler->requests;
     scheduler->requests = request;
     scheduler->n_new++;
+    branch->arrived_ns = kvl_clock_now(scheduler->options.clock);
     wait_last(scheduler, branch);
     return KVL_OK;
 }
@@ -357,9 +360,56 @@ static bool has_room_for(kvl_scheduler *scheduler, kvl_branch *branch)
     return evict_until(scheduler, n_missing);
 }
 
+/* Never admitted yet: branches that were, and answers beside a first one, go before all others. */
+static bool is_new(const kvl_branch *branch)
+{
+    return !branch->was_paused && !branch->request->is_admitted;
+}
+
+static kvl_order_item item_of(const kvl_scheduler *scheduler, const kvl_branch *branch,
+                              uint64_t number)
+{
+    const kvl_sequence *own = &branch->sequence;
+    uint32_t n_saved = kvl_sequence_n_known(own);
+    if (scheduler->n_running > 0) {
+        const kvl_branch *last = scheduler->running[scheduler->n_running - 1];
+        const uint32_t n_common = kvl_sequence_n_common(own, &last->sequence);
+        if (n_common > n_saved) n_saved = n_common;
+    }
+    if (n_saved >= own->n_ids) n_saved = own->n_ids - 1;
+    return (kvl_order_item){.n_saved = n_saved,
+                            .n_remaining = own->n_ids - n_saved,
+                            .arrived_ns = branch->arrived_ns,
+                            .number = number};
+}
+
+/* Of the first of those that wait anew, the one with the highest priority becomes the first. */
+static void bring_best_first(kvl_scheduler *scheduler)
+{
+    enum { LOOKED_AT = 64 };
+    const kvl_order_options options = kvl_order_default_options();
+    kvl_order_item items[LOOKED_AT];
+    kvl_branch **places[LOOKED_AT];
+    size_t n = 0;
+    if (scheduler->options.in_order || !is_new(scheduler->waiting)) return;
+    for (kvl_branch **at = &scheduler->waiting; *at != NULL && n < LOOKED_AT; at = &(*at)->next) {
+        places[n] = at;
+        items[n] = item_of(scheduler, *at, n);
+        n++;
+    }
+    if (n < 2) return;
+    const size_t first =
+        kvl_order_first(&options, items, n, kvl_clock_now(scheduler->options.clock));
+    kvl_branch *branch = *places[first];
+    *places[first] = branch->next;
+    branch->next = scheduler->waiting;
+    scheduler->waiting = branch;
+}
+
 void kvl_scheduler_admit(kvl_scheduler *scheduler)
 {
     while (scheduler->waiting != NULL && scheduler->n_running < scheduler->options.n_running_max) {
+        bring_best_first(scheduler);
         kvl_branch *branch = scheduler->waiting;
         const uint32_t n_cached = branch->request->n_cached;
         kvl_scheduler_adopt(scheduler, branch);

@@ -5,6 +5,8 @@
  * found by their pages (attention/attention.h), whatever the depth of the tree.
  * A prompt that begins as another one does waits until the common part is in the prefix tree, and
  * takes it from there: many requests with one prefix compute it once.
+ * Of the requests that wait, those go first that have most of their prompt in the tree, or in
+ * common with the one admitted last, but for those that have waited long (host/order.h).
  * When pages run out the branch that was admitted last is paused: its pages stay in the prefix tree
  * for as long as nobody else needs them, it is resumed from there, and what was lost is computed
  * again. Nothing is ever ended for want of pages.
@@ -16,6 +18,7 @@
 #ifndef KVL_HOST_SCHEDULER_H
 #define KVL_HOST_SCHEDULER_H
 
+#include "base/clock.h"
 #include "host/sampling.h"
 #include "host/sequence.h"
 
@@ -69,6 +72,10 @@ typedef struct kvl_scheduler_options {
     /* Admit only what can run to its end beside those that run: nobody is paused, and fewer begin.
      * For batches, where no single answer is awaited and a pause costs the work that is lost. */
     bool holds_whole_answers;
+    /* Admit requests as they came; false: those first whose prompts the tree has most of
+     * (host/order.h). */
+    bool in_order;
+    const kvl_clock *clock; /* NULL: the system's */
 } kvl_scheduler_options;
 
 /* Counted since the scheduler was made, but for the first four. */

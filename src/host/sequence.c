@@ -88,6 +88,12 @@ void kvl_sequence_truncate(kvl_sequence *sequence, uint32_t n_ids)
     kvl_sequence_forget(sequence, n_ids);
 }
 
+uint32_t kvl_sequence_n_known(const kvl_sequence *sequence)
+{
+    return kvl_prefix_tree_peek(sequence->engine->tree, sequence->salt, sequence->ids,
+                                sequence->n_ids - 1);
+}
+
 kvl_status kvl_sequence_adopt(kvl_sequence *sequence, kvl_error *error)
 {
     const uint32_t n_wanted = (sequence->n_ids - 1) / KVL_PAGE_TOKENS;

@@ -43,6 +43,8 @@ void kvl_sequence_forget(kvl_sequence *sequence, uint32_t n_computed);
 /* Takes over KV that the prefix tree has and the sequence has not; never of the last id, since
  * whoever computes needs its logits. Errors   KVL_ERR_NO_MEMORY: as before */
 KVL_MUST_USE kvl_status kvl_sequence_adopt(kvl_sequence *sequence, kvl_error *error);
+/* How many leading ids the tree has: what adopting would leave computed. Changes nothing. */
+uint32_t kvl_sequence_n_known(const kvl_sequence *sequence);
 /* Gives the tree the whole pages of what is computed. Errors   KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status kvl_sequence_keep(kvl_sequence *sequence, kvl_error *error);
 

@@ -357,6 +357,7 @@ static kvl_status run(batch *b)
     KVL_TRY(kvl_line_file_open(b->options->out_path, &b->out, b->error));
     kvl_scheduler_options scheduler = b->options->scheduler;
     scheduler.n_waiting_max = KVL_BATCH_ROWS_MAX;
+    scheduler.in_order = true; /* which is that of the plan, or of the file */
     scheduler.holds_whole_answers = b->options->order == KVL_BATCH_BY_PLAN;
     KVL_TRY(kvl_scheduler_create(b->engine, &scheduler, &b->scheduler, b->error));
     uint32_t *runnable = kvl_alloc_zero(b->n_rows + 1, sizeof *runnable);

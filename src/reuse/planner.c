@@ -4,6 +4,7 @@
 #include "reuse/planner.h"
 
 #include "reuse/budget.h"
+#include "reuse/controller.h"
 
 #include <math.h>
 
@@ -58,10 +59,31 @@ static double reuse_ms(const kvl_plan_rates *rates, const kvl_plan_part *part, u
     const double bytes = (double)part->segment_bytes;
     if (part->where == KVL_SEGMENT_PEER) {
         ms += rates->fetch_latency_ms + at_rate(bytes, rates->fetch_bytes_per_ms);
+    } else if (part->where == KVL_SEGMENT_DISK) {
+        ms += at_rate(bytes, rates->disk_bytes_per_ms);
     } else {
         ms += at_rate(bytes, rates->local_bytes_per_ms);
     }
     return ms;
+}
+
+double kvl_plan_compute_ms(const kvl_plan_rates *rates, uint64_t before, uint32_t n)
+{
+    return compute_ms(rates, before, n);
+}
+
+double kvl_plan_load_ms(const kvl_plan_rates *rates, const kvl_plan_part *part, uint32_t n)
+{
+    return part->where == KVL_SEGMENT_NOWHERE ? HUGE_VAL : reuse_ms(rates, part, n, 0);
+}
+
+static kvl_load_decision control_blend(const kvl_plan_options *options, double prefill_ms,
+                                       double load_ms)
+{
+    const kvl_load_case about = {.prefill_ms = prefill_ms,
+                                 .least_ratio = options->blend_share,
+                                 .overlaps = options->blend_overlaps};
+    return kvl_load_control(&about, load_ms);
 }
 
 /* What is known while walking over the parts. */
@@ -99,7 +121,7 @@ static void choose_slot(const plan_walk *w, const kvl_plan_part *part, uint32_t 
     const bool corrects =
         o->anchors && (part->verdict == KVL_ANCHOR_EXACT || part->verdict == KVL_ANCHOR_SHARE);
     if (o->blend && !corrects) {
-        if (place + o->blend_share * compute < compute)
+        if (control_blend(o, compute, place).reuses)
             choose(step, KVL_ACTION_BLEND, "placed, and its most attended tokens computed again");
         else
             choose(step, KVL_ACTION_COMPUTE, "cheaper to compute than to blend");
@@ -207,10 +229,16 @@ static void settle(const plan_walk *w, const kvl_plan_part *part, uint32_t n_tai
     const kvl_plan_part *by = part->kind == KVL_PART_SLOT ? part : w->slot;
     uint32_t n_anchors = 0;
     if (step->action == KVL_ACTION_OFFSET) n_anchors = by->n_anchors > 0 ? by->n_anchors : 1;
-    step->cost_ms += reuse_ms(w->rates, part, step->n_reused, n_anchors);
-    if (step->action == KVL_ACTION_BLEND)
-        step->cost_ms += w->options->blend_share *
-                         compute_ms(w->rates, w->before + step->n_shared, step->n_reused);
+    const double load_ms = reuse_ms(w->rates, part, step->n_reused, n_anchors);
+    step->blend_share = 0.0;
+    if (step->action != KVL_ACTION_BLEND) {
+        step->cost_ms += load_ms;
+        return;
+    }
+    const kvl_load_decision decision = control_blend(
+        w->options, compute_ms(w->rates, w->before + step->n_shared, step->n_reused), load_ms);
+    step->blend_share = decision.ratio;
+    step->cost_ms += decision.total_ms;
 }
 
 /* Moves on behind a part. */
@@ -403,6 +431,7 @@ static void add_up(const kvl_plan_part *parts, const kvl_plan_step *steps, size_
             totals->n_offset += steps[i].n_reused;
         } else if (steps[i].action == KVL_ACTION_BLEND) {
             totals->n_blended += steps[i].n_reused;
+            totals->blend_share += steps[i].blend_share * steps[i].n_reused;
         } else {
             totals->n_placed += steps[i].n_reused;
         }
@@ -410,6 +439,7 @@ static void add_up(const kvl_plan_part *parts, const kvl_plan_step *steps, size_
         totals->compute_ms += steps[i].compute_ms;
         totals->error += steps[i].error;
     }
+    if (totals->n_blended > 0) totals->blend_share /= (double)totals->n_blended;
 }
 
 void kvl_plan_make(const kvl_plan_options *asked, const kvl_plan_rates *rates,

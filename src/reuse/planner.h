@@ -37,7 +37,8 @@ typedef enum kvl_part_kind {
 
 typedef enum kvl_segment_where {
     KVL_SEGMENT_NOWHERE,
-    KVL_SEGMENT_LOCAL, /* memory or LMDB of this host */
+    KVL_SEGMENT_LOCAL, /* memory of this host */
+    KVL_SEGMENT_DISK,  /* its LMDB */
     KVL_SEGMENT_PEER,
 } kvl_segment_where;
 
@@ -58,6 +59,7 @@ typedef struct kvl_plan_rates {
     double prefill_ms_per_token; /* a and b of a * L + b * L^2, the time to prefill L tokens */
     double prefill_ms_per_square_token;
     double local_bytes_per_ms;
+    double disk_bytes_per_ms;
     double fetch_bytes_per_ms;
     double fetch_latency_ms; /* once a part; may be 0 */
     double place_tokens_per_ms;
@@ -71,6 +73,7 @@ typedef struct kvl_plan_options {
     bool blend;          /* BALANCED, FAST: a slot that no anchor covers is placed and blended, not
                             computed and measured, nor placed as it is */
     double blend_share;  /* of a blended slot's prefill that computing again costs; 0.2 */
+    bool blend_overlaps; /* blended slots are loaded beside computing again (controller.h) */
     bool all_or_nothing; /* BALANCED: one slot without anchors makes the whole prompt dense beyond
                             the exact prefix, so that its anchors are measured against exact KV;
                             false: they are measured behind whatever KV stands before the slot */
@@ -91,6 +94,7 @@ typedef struct kvl_plan_step {
     kvl_action action; /* of what is not shared; SHARE where nothing but the last token is left */
     uint32_t n_shared, n_reused, n_computed;
     bool measure;       /* a slot with a segment, computed for want of anchors: make one of it */
+    double blend_share; /* BLEND: of its prefill, what to compute again; at least the options' */
     double cost_ms;     /* as chosen */
     double compute_ms;  /* prefilling the whole part in its place */
     double error;       /* expected of the request for this part's sake, nats */
@@ -100,8 +104,14 @@ typedef struct kvl_plan_step {
 typedef struct kvl_plan_totals {
     uint64_t n_tokens, n_shared, n_placed, n_offset, n_blended, n_computed;
     double cost_ms, compute_ms, error;
-    bool dense; /* all_or_nothing struck */
+    double blend_share; /* of blended tokens' prefill; 0 without any */
+    bool dense;         /* all_or_nothing struck */
 } kvl_plan_totals;
+
+/* Time to prefill n tokens behind `before` others; to have the first n tokens of a part from its
+ * segment without correction, infinite where a rate that it needs is not known. */
+double kvl_plan_compute_ms(const kvl_plan_rates *rates, uint64_t before, uint32_t n);
+double kvl_plan_load_ms(const kvl_plan_rates *rates, const kvl_plan_part *part, uint32_t n);
 
 /* Plans a prompt. The last token of the prompt is always computed, since its row gives the first
  * token of the answer. Parts of 0 tokens are fine; n_shared must be <= n_tokens.

@@ -1,5 +1,6 @@
 /* host: healing: exact KV that is computed in slices behind an answer is that of a full prefill to
  * the last bit, whatever the slices; the queue is bounded and says what became of each answer. */
+#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -244,6 +245,85 @@ static void test_the_queue_drops_the_oldest_and_says_so(void **state)
     kvl_free(host);
 }
 
+/* Audits, which nobody waits for, make room before answers do; what is under way goes last. */
+static void test_audits_and_what_has_not_begun_are_dropped_first(void **state)
+{
+    fixture *f = *state;
+    kvl_host *host = kvl_alloc_zero(1, sizeof *host);
+    assert_non_null(host);
+    host->engine = f->engine;
+    host->clock = kvl_clock_system();
+    kvl_digest homes[KVL_HEALS_MAX + 2];
+    for (uint32_t i = 0; i < KVL_HEALS_MAX + 2; i++) {
+        memset(homes[i].bytes, (int)i + 1, sizeof homes[i].bytes);
+        heal_request asked = {.sent = random_answer(f, 10, 5), .home = homes[i], .swaps = i != 5};
+        if (i == KVL_HEALS_MAX) {
+            kvl_error error = {0};
+            heal_job *first = host->heals.first;
+            assert_int_equal(
+                exact_check_begin(&first->check, f->engine, &first->asked.sent, 0, &error), KVL_OK);
+        }
+        heal_add(host, &asked);
+    }
+    assert_int_equal(host->heals.n_dropped, 2);
+    assert_int_equal(told(host, &homes[0]).state, KVLOOM__V1__HEAL_STATE__HEAL_WAITING);
+    assert_int_equal(told(host, &homes[1]).state, KVLOOM__V1__HEAL_STATE__HEAL_DROPPED);
+    assert_int_equal(told(host, &homes[2]).state, KVLOOM__V1__HEAL_STATE__HEAL_WAITING);
+    assert_int_equal(told(host, &homes[5]).state, KVLOOM__V1__HEAL_STATE__HEAL_UNKNOWN);
+    uint32_t n = 0;
+    for (const heal_job *job = host->heals.first; job != NULL; job = job->next) n++;
+    assert_int_equal(n, KVL_HEALS_MAX);
+    assert_int_equal(host->heals.n, n);
+    heal_deinit(host);
+    assert_null(host->heals.last);
+    kvl_free(host);
+}
+
+/* A clock that goes on by some milliseconds whenever it is read. */
+static int64_t tick(void *context)
+{
+    int64_t *now = context;
+    return *now += 3 * KVL_NS_PER_MS;
+}
+
+/* Of the engine's time, healing takes its share beside other work, however long its slices are; no
+ * share, no healing; and an idle hour is not saved up. */
+static void test_healing_beside_other_work_takes_its_share(void **state)
+{
+    fixture *f = *state;
+    const double shares[] = {0.0, 0.1, 0.5, 0.9};
+    for (size_t s = 0; s < sizeof shares / sizeof *shares; s++) {
+        kvl_host *host = kvl_alloc_zero(1, sizeof *host);
+        assert_non_null(host);
+        int64_t now = 0;
+        const kvl_clock clock = {.monotonic_ns = tick, .context = &now};
+        host->engine = f->engine;
+        host->clock = &clock;
+        host->heals.share = shares[s];
+        int64_t worked_ns = 0;
+        for (int i = 0; i < 200; i++) {
+            while (host->heals.n < KVL_HEALS_MAX) {
+                heal_request audit = {.sent = random_answer(f, 12, 8)};
+                heal_add(host, &audit);
+            }
+            const int64_t step_ns = (1 + (int64_t)kvl_test_below(&f->random, 20)) * KVL_NS_PER_MS;
+            worked_ns += step_ns;
+            heal_beside(host, step_ns);
+        }
+        const int64_t beside_ns = host->heals.beside_ns;
+        const double seen = (double)beside_ns / (double)(beside_ns + worked_ns);
+        /* No more than the last slice off. */
+        assert_true(fabs(seen - shares[s]) < 0.03);
+        if (shares[s] > 0.0) {
+            heal_deinit(host);
+            heal_beside(host, 3600 * KVL_NS_PER_S);
+            assert_true(host->heals.credit_ns <= KVL_NS_PER_S);
+        }
+        heal_deinit(host);
+        kvl_free(host);
+    }
+}
+
 static void test_nobody_gets_an_unhealed_one_by_the_exact_home(void **state)
 {
     (void)state;
@@ -265,6 +345,10 @@ int main(void)
                                         teardown),
         cmocka_unit_test_setup_teardown(test_a_check_that_may_stop_stops, setup, teardown),
         cmocka_unit_test_setup_teardown(test_a_check_without_memory_leaks_nothing, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_audits_and_what_has_not_begun_are_dropped_first, setup,
+                                        teardown),
+        cmocka_unit_test_setup_teardown(test_healing_beside_other_work_takes_its_share, setup,
+                                        teardown),
         cmocka_unit_test_setup_teardown(test_the_queue_drops_the_oldest_and_says_so, setup,
                                         teardown),
         cmocka_unit_test(test_nobody_gets_an_unhealed_one_by_the_exact_home),

@@ -169,6 +169,49 @@ static void test_unhealed_answers_are_told_from_healed_ones(void **state)
     free_twice(&got);
 }
 
+/* Refreshing changes the cache that later tokens see, each stale token once; the comparison with
+ * full prefill sees it too, and what is exact or verified does not notice. */
+static void test_stale_tokens_are_refreshed_while_an_answer_is_decoded(void **state)
+{
+    fixture *f = *state;
+    uint32_t n_changed = 0;
+    double kl[2] = {0.0, 0.0};
+    for (int i = 0; i < 8; i++) {
+        char question[96];
+        number_question(question, sizeof question, i);
+        asked what = {.question = question, .select = "none"};
+        what.mode = KVLOOM__V1__MODE__MODE_FULL;
+        kvloom__v1__host_reply__free_unpacked(run(f, 0, &what), NULL);
+        what.mode = KVLOOM__V1__MODE__MODE_REUSE;
+        Kvloom__V1__HostReply *first = run(f, 0, &what);
+        what.answer = first->run;
+        what.mode = KVLOOM__V1__MODE__MODE_FULL;
+        Kvloom__V1__HostReply *full = run(f, 1, &what);
+        what.mode = KVLOOM__V1__MODE__MODE_REUSE;
+        for (int refreshes = 0; refreshes < 2; refreshes++) {
+            what.refresh = refreshes == 0 ? 0 : 8;
+            Kvloom__V1__HostReply *reply = run(f, 1, &what);
+            const uint32_t n_stale = count_blended(reply);
+            assert_true(n_stale > 0);
+            assert_true(reply->run->refreshed <= n_stale);
+            assert_true(reply->run->refreshed <= what.refresh * ANSWER);
+            assert_int_equal(reply->run->refreshed > 0, refreshes);
+            assert_true(reply->run->refresh_steps <= reply->run->n_tokens);
+            kl[refreshes] = reply->run->evaluation->kl;
+            kvloom__v1__host_reply__free_unpacked(reply, NULL);
+        }
+        n_changed += kl[1] != kl[0];
+        what.quality = KVLOOM__V1__QUALITY__QUALITY_VERIFIED;
+        Kvloom__V1__HostReply *verified = run(f, 1, &what);
+        assert_int_equal(parting(verified->run, full->run), full->run->n_tokens);
+        assert_true(verified->run->evaluation->kl == 0.0);
+        kvloom__v1__host_reply__free_unpacked(verified, NULL);
+        kvloom__v1__host_reply__free_unpacked(first, NULL);
+        kvloom__v1__host_reply__free_unpacked(full, NULL);
+    }
+    assert_true(n_changed > 0);
+}
+
 /* With random weights no two caches agree often, and no answer is sure: what the gate does not let
  * pass is full prefill's answer, and what it lets pass says so. */
 static void test_the_gate_heals_what_it_does_not_trust(void **state)
@@ -360,6 +403,8 @@ int main(void)
                                         teardown),
         cmocka_unit_test_setup_teardown(test_unhealed_answers_are_told_from_healed_ones, setup,
                                         teardown),
+        cmocka_unit_test_setup_teardown(test_stale_tokens_are_refreshed_while_an_answer_is_decoded,
+                                        setup, teardown),
         cmocka_unit_test_setup_teardown(test_the_gate_heals_what_it_does_not_trust, setup,
                                         teardown),
         cmocka_unit_test_setup_teardown(test_caches_that_are_the_same_agree, setup, teardown),

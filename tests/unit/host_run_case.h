@@ -22,6 +22,7 @@ typedef struct fixture {
     pthread_t threads[N_HOSTS];
     kvl_exchange *client;
     double audit_share;
+    bool in_order; /* tasks go as they come */
     /* Of hosts that are started from now on. */
     int tenant;
     uint64_t donor_bytes_max;
@@ -35,7 +36,8 @@ static inline void *run_host(void *host)
     return NULL;
 }
 
-static inline void start_host(fixture *f, int h)
+/* A host whose engine thread does nothing yet. */
+static inline void create_host(fixture *f, int h)
 {
     const int other = 1 - h;
     const kvl_exchange_peer peer = {.name = names[other], .endpoint = f->endpoints[other]};
@@ -50,10 +52,16 @@ static inline void start_host(fixture *f, int h)
     options.engine = (kvl_engine_options){.model_path = f->model, .n_threads = 1, .n_pages = 128};
     options.anchors.distance_max = 1000.0F; /* random weights: nothing is near anything */
     options.audit_share = f->audit_share;
+    options.in_order = f->in_order;
     options.donor_bytes_max = f->donor_bytes_max;
     memset(options.tenant_key, 42 + f->tenant, sizeof options.tenant_key);
     kvl_error error = {0};
     if (kvl_host_create(&options, &f->hosts[h], &error) != KVL_OK) fail_msg("%s", error.text);
+}
+
+static inline void start_host(fixture *f, int h)
+{
+    create_host(f, h);
     assert_int_equal(pthread_create(&f->threads[h], NULL, run_host, f->hosts[h]), 0);
 }
 
@@ -122,6 +130,8 @@ typedef struct asked {
     uint32_t wait_healed_ms;
     bool gate;
     double error_budget;
+    bool is_plain;    /* a run that only wants an answer */
+    uint32_t refresh; /* tokens a step */
 } asked;
 
 /* A question that no other number has. */
@@ -187,7 +197,8 @@ static inline Kvloom__V1__HostReply *run(fixture *f, int h, const asked *what)
     task.wait_healed_ms = what->wait_healed_ms;
     task.gate = what->gate;
     task.error_budget = what->error_budget;
-    task.evaluate = what->mode == KVLOOM__V1__MODE__MODE_REUSE;
+    task.refresh = what->refresh;
+    task.evaluate = what->mode == KVLOOM__V1__MODE__MODE_REUSE && !what->is_plain;
     task.place_only = task.evaluate;
     Kvloom__V1__HostTask message = KVLOOM__V1__HOST_TASK__INIT;
     message.what_case = KVLOOM__V1__HOST_TASK__WHAT_RUN;

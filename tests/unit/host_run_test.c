@@ -20,7 +20,10 @@ static Kvloom__V1__HostReply *run_both(fixture *f, int h, const char *question,
                                        const Kvloom__V1__RunReply *answer,
                                        Kvloom__V1__Quality quality)
 {
-    asked what = {question, answer, KVLOOM__V1__MODE__MODE_FULL, quality, NULL, 0, false, 0.0};
+    asked what = {.question = question,
+                  .answer = answer,
+                  .mode = KVLOOM__V1__MODE__MODE_FULL,
+                  .quality = quality};
     Kvloom__V1__HostReply *full = run(f, h, &what);
     what.mode = KVLOOM__V1__MODE__MODE_REUSE;
     Kvloom__V1__HostReply *reuse = run(f, h, &what);
@@ -142,7 +145,7 @@ static void test_a_lost_segment_is_computed(void **state)
 static Kvloom__V1__HostReply *blended(fixture *f, const char *question, const char *select,
                                       Kvloom__V1__Quality quality)
 {
-    asked what = {question, NULL, KVLOOM__V1__MODE__MODE_REUSE, quality, select, 0, false, 0.0};
+    asked what = {.question = question, .quality = quality, .select = select};
     what.mode = KVLOOM__V1__MODE__MODE_FULL;
     kvloom__v1__host_reply__free_unpacked(run(f, 0, &what), NULL);
     what.mode = KVLOOM__V1__MODE__MODE_REUSE;

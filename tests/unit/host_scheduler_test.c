@@ -461,9 +461,83 @@ static void test_every_allocation_may_fail(void **state)
     }
 }
 
+/* ---- order ---- */
+
+static int64_t read_clock(void *context)
+{
+    return *(const int64_t *)context;
+}
+
+/* One answer at a time; the names of the requests in the order in which they were over. */
+typedef struct finished {
+    asked asked;
+    char name;
+    char *order;
+} finished;
+
+static void take_finished(void *context, const kvl_generation_event *event)
+{
+    finished *own = context;
+    take(&own->asked, event);
+    if (event->is_last) own->order[strlen(own->order)] = own->name;
+}
+
+static void make_finished(finished *own, char name, uint32_t beginning, char *order)
+{
+    *own = (finished){.name = name, .order = order};
+    asked *a = &own->asked;
+    const uint32_t n = 4 * KVL_PAGE_TOKENS + 3;
+    for (uint32_t i = 0; i < n; i++) a->ids[i] = (beginning + 5 * i) % 256;
+    a->ids[n - 1] = (uint32_t)(unsigned char)name;
+    a->generation = (kvl_generation){.ids = a->ids,
+                                     .n_ids = n,
+                                     .max_tokens = 2,
+                                     .n_branches = 1,
+                                     .sampling = kvl_sampling_default(),
+                                     .ignore_end = true,
+                                     .event = take_finished,
+                                     .context = own};
+}
+
+/* Two families of prompts come in turn: each family's run beside each other, since their prefix is
+ * in the tree; but not before one that has waited for long. */
+static void test_those_with_a_prefix_in_the_tree_go_first(void **state)
+{
+    fixture *f = *state;
+    const struct {
+        bool in_order;
+        int64_t late_ns; /* when the second half comes */
+        const char *expected;
+    } cases[] = {
+        {false, 0, "acebdf"},
+        {true, 0, "abcdef"},
+        {false, 60 * KVL_NS_PER_S, "abcdef"},
+    };
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        int64_t now = 0;
+        const kvl_clock clock = {.monotonic_ns = read_clock, .context = &now};
+        const kvl_scheduler_options options = {
+            .n_running_max = 1, .in_order = cases[c].in_order, .clock = &clock};
+        kvl_scheduler *scheduler = make_scheduler_as(f, &options);
+        char order[8] = {0};
+        static finished all[6];
+        for (uint32_t i = 0; i < 6; i++) {
+            make_finished(&all[i], (char)('a' + i), 1000 * (uint32_t)c + 17 * (i % 2), order);
+            now = cases[c].late_ns * i;
+            submit(scheduler, &all[i].asked);
+        }
+        run_all(scheduler);
+        assert_string_equal(order, cases[c].expected);
+        kvl_scheduler_destroy(scheduler);
+        assert_pages_back(f);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_those_with_a_prefix_in_the_tree_go_first, setup,
+                                        teardown),
         cmocka_unit_test_setup_teardown(test_mixes_answer_as_each_alone, setup, teardown),
         cmocka_unit_test_setup_teardown(test_a_common_prefix_is_computed_once, setup, teardown),
         cmocka_unit_test_setup_teardown(test_branches_draw_by_their_own_seed, setup, teardown),

@@ -608,6 +608,54 @@ static void test_errors_are_learnt(void **state)
     assert_true(model.kl[KVL_ACTION_PLACE] >= 0.0);
 }
 
+/* Loaded beside computing again, what is slower decides: up to the share nothing changes, beyond it
+ * the share grows with the time of loading, at no cost; one after the other, times add up. */
+static void test_slow_loading_computes_more_again(void **state)
+{
+    (void)state;
+    kvl_plan_options options = kvl_plan_default_options();
+    options.anchors = false;
+    options.blend = true;
+    double share_before = 0.0;
+    bool grew = false, declined = false;
+    for (double bytes_per_ms = 1e6; bytes_per_ms > 10.0; bytes_per_ms /= 1.5) {
+        kvl_plan_part parts[] = {text(50), slot(500, KVL_ANCHOR_TOO_FEW), text(20)};
+        kvl_plan_step steps[3];
+        kvl_plan_totals totals;
+        kvl_plan_rates slow = rates;
+        parts[0].n_shared = 50;
+        parts[1].segment_bytes = 100000;
+        slow.local_bytes_per_ms = bytes_per_ms;
+        const double load_ms = kvl_plan_load_ms(&slow, &parts[1], 500);
+        const double prefill_ms = kvl_plan_compute_ms(&slow, 50, 500);
+        options.blend_overlaps = true;
+        kvl_plan_make(&options, &slow, parts, 3, steps, &totals);
+        if (load_ms >= prefill_ms) {
+            assert_int_equal(steps[1].action, KVL_ACTION_COMPUTE);
+            assert_true(totals.blend_share == 0.0);
+            declined = true;
+            continue;
+        }
+        assert_int_equal(steps[1].action, KVL_ACTION_BLEND);
+        assert_near(steps[1].blend_share, fmax(options.blend_share, load_ms / prefill_ms));
+        assert_near(totals.blend_share, steps[1].blend_share);
+        assert_true(steps[1].blend_share >= share_before);
+        assert_near(steps[1].cost_ms, fmax(load_ms, options.blend_share * prefill_ms));
+        grew = grew || steps[1].blend_share > options.blend_share;
+        share_before = steps[1].blend_share;
+        options.blend_overlaps = false;
+        kvl_plan_make(&options, &slow, parts, 3, steps, &totals);
+        const double sum_ms = load_ms + options.blend_share * prefill_ms;
+        assert_int_equal(steps[1].action,
+                         sum_ms < prefill_ms ? KVL_ACTION_BLEND : KVL_ACTION_COMPUTE);
+        if (sum_ms < prefill_ms) {
+            assert_near(steps[1].blend_share, options.blend_share);
+            assert_near(steps[1].cost_ms, sum_ms);
+        }
+    }
+    assert_true(grew && declined);
+}
+
 /* Chunks that no anchor covers are blended; a slot with anchors is corrected all the same, and
  * nothing makes the prompt dense. */
 static void test_blending_covers_what_anchors_do_not(void **state)
@@ -666,6 +714,7 @@ int main(void)
         cmocka_unit_test(test_last_token_is_computed),
         cmocka_unit_test(test_any_prompt_adds_up),
         cmocka_unit_test(test_blending_covers_what_anchors_do_not),
+        cmocka_unit_test(test_slow_loading_computes_more_again),
         cmocka_unit_test(test_the_cheapest_under_the_budget_is_chosen),
         cmocka_unit_test(test_more_budget_never_costs_more_and_none_is_exact),
         cmocka_unit_test(test_a_tight_budget_blends_before_it_computes),
