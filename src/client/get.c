@@ -5,6 +5,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -260,8 +262,62 @@ kvloom_status kvloom_get_id(kvloom_client *client, const kvloom_digest *id, uint
     return get(client, &message, deadline_ms, segment, NULL, error);
 }
 
-/* Reading the file copies without faulting in every page of the map: measured, that is what makes a
- * copy as fast as memcpy between touched buffers. */
+/* A run of bytes of a segment's file that is copied. */
+typedef struct copy_part {
+    int fd;
+    size_t at, n_bytes;
+    uint8_t *out;
+    bool is_done;
+} copy_part;
+
+static bool read_part(const copy_part *part)
+{
+    size_t n_read = 0;
+    while (n_read < part->n_bytes) {
+        const ssize_t n =
+            pread(part->fd, part->out + n_read, part->n_bytes - n_read, (off_t)(part->at + n_read));
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return false;
+        n_read += (size_t)n;
+    }
+    return true;
+}
+
+static void *read_part_in_thread(void *argument)
+{
+    copy_part *part = argument;
+    part->is_done = read_part(part);
+    return NULL;
+}
+
+/* Where pages are small, the system copies page by page, which one core does at a third of what
+ * memory gives: 6 GB/s where memcpy ran at 20; two threads did 11.5. Below COPY_ALONE_BYTES_MAX a
+ * thread costs more than it saves. */
+static const size_t COPY_ALONE_BYTES_MAX = (size_t)4 << 20;
+
+static bool read_shared(const copy_part *whole)
+{
+    if (whole->n_bytes <= COPY_ALONE_BYTES_MAX) return read_part(whole);
+    copy_part halves[2] = {*whole, *whole};
+    halves[0].n_bytes = whole->n_bytes / 2 / KVL_ALIGNMENT * KVL_ALIGNMENT;
+    halves[1].at += halves[0].n_bytes;
+    halves[1].out += halves[0].n_bytes;
+    halves[1].n_bytes -= halves[0].n_bytes;
+    /* A program's signals are for its own threads. */
+    sigset_t all, before;
+    pthread_t thread;
+    (void)sigfillset(&all);
+    (void)pthread_sigmask(SIG_SETMASK, &all, &before);
+    const bool has_thread = pthread_create(&thread, NULL, read_part_in_thread, &halves[1]) == 0;
+    (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
+    const bool is_first_done = read_part(&halves[0]);
+    if (!has_thread) return is_first_done && read_part(&halves[1]);
+    (void)pthread_join(thread, NULL);
+    return is_first_done && halves[1].is_done;
+}
+
+/* Reading the file copies without faulting in every page of the map, which costs as much as the
+ * copy (1.2 ms for 16 MiB). */
 static bool read_layer(const kvloom_segment *segment, int fd, const uint8_t *layer, size_t n_bytes,
                        uint8_t *out)
 {
@@ -269,15 +325,11 @@ static bool read_layer(const kvloom_segment *segment, int fd, const uint8_t *lay
         memcpy(out, layer, n_bytes);
         return true;
     }
-    const size_t at = (size_t)(layer - (const uint8_t *)segment->map);
-    size_t n_read = 0;
-    while (n_read < n_bytes) {
-        const ssize_t n = pread(fd, out + n_read, n_bytes - n_read, (off_t)(at + n_read));
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) return false;
-        n_read += (size_t)n;
-    }
-    return true;
+    const copy_part whole = {.fd = fd,
+                             .at = (size_t)(layer - (const uint8_t *)segment->map),
+                             .n_bytes = n_bytes,
+                             .out = out};
+    return read_shared(&whole);
 }
 
 kvloom_status kvloom_get_into(kvloom_client *client, const kvloom_key *key, uint32_t deadline_ms,

@@ -49,6 +49,7 @@ static kvloom_status make_staging(kvloom_client *client, size_t n_bytes, kvloom_
         return client_fail(error, KVLOOM_ERR_NO_MEMORY, "no memory to put %zu bytes: %s", n_bytes,
                            strerror(reason));
     }
+    kvl_advise_huge(made, n_bytes);
     client->staging = made;
     client->staging_fd = fd;
     client->staging_bytes = n_bytes;

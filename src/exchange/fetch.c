@@ -94,6 +94,16 @@ static void give_up(kvl_protocol *p, kvl_op *op)
     }
 }
 
+/* Where only one peer can have it, asking whether it does costs a round trip and spares nothing:
+ * it says so to a Fetch as well. Not while it has enough to send, for a miss would wait with the
+ * hits. */
+static bool is_only_place(const kvl_protocol *p, const kvl_op *op, uint64_t unasked, int64_t now_ns)
+{
+    const bool is_one = (unasked & (unasked - 1)) == 0;
+    return is_one && op->asked == 0 && !kvl_peers_are_expected(p, now_ns) &&
+           choose(p, op, unasked) != KVL_PEERS_MAX;
+}
+
 /* Decides what a fetch without a stream does next. May end it. */
 static void advance(kvl_protocol *p, kvl_op *op, int64_t now_ns)
 {
@@ -102,7 +112,14 @@ static void advance(kvl_protocol *p, kvl_op *op, int64_t now_ns)
     const uint64_t trusted = op->holders & up & ~op->damaged_by;
     const uint64_t unasked = up & ~op->asked & ~op->holders;
     uint64_t candidates = trusted;
-    if (candidates == 0 && unasked != 0) ask_who_has_it(p, op, unasked, now_ns);
+    if (candidates == 0 && unasked != 0) {
+        if (is_only_place(p, op, unasked, now_ns)) {
+            op->holders |= unasked;
+            candidates = unasked;
+        } else {
+            ask_who_has_it(p, op, unasked, now_ns);
+        }
+    }
     const bool waiting =
         (op->asked & up & ~op->answered & ~op->holders) != 0 || kvl_peers_are_expected(p, now_ns);
     /* Who sent damage once is asked again only when nobody else is left. */
