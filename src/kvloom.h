@@ -41,6 +41,7 @@ extern "C" {
 #define KVLOOM_DIGEST_BYTES 32
 #define KVLOOM_CALL_MS_MAX 30000
 #define KVLOOM_KEYS_MAX 256
+#define KVLOOM_TENANT_BYTES 32 /* of a name, with the zero behind it */
 
 /* Numbers are those of the wire; they never change. */
 typedef int kvloom_status;
@@ -268,6 +269,25 @@ typedef struct kvloom_stats {
 
 /* Of this tenant, since the sidecar started. */
 kvloom_status kvloom_get_stats(kvloom_client *client, kvloom_stats *stats, kvloom_error *error);
+
+enum { KVLOOM_ACCESS_HIT = 1, KVLOOM_ACCESS_MISS = 2, KVLOOM_ACCESS_PUT = 3 };
+
+typedef struct kvloom_access {
+    uint64_t time_us; /* on the sidecar's clock, which does not go back */
+    kvloom_digest id;
+    uint64_t n_bytes; /* 0: not known */
+    uint32_t what;    /* hit: it was in memory */
+} kvloom_access;
+
+/* What the tenant's clients have asked for of late, the oldest first; for traces. A sidecar keeps
+ * the latest 16,384 from the first call on until a minute after the last.
+ * after     number of the last access that is known, 0: from now on; set to the one given last
+ * accesses  [n_max], n_max: at least 1,024
+ * *n_lost   accesses behind `after` that were asked for too late; may be NULL
+ * tenant    [KVLOOM_TENANT_BYTES], whose they are; may be NULL */
+kvloom_status kvloom_accesses(kvloom_client *client, uint64_t *after, kvloom_access *accesses,
+                              size_t n_max, size_t *n_accesses, uint64_t *n_lost, char *tenant,
+                              kvloom_error *error);
 
 /* "0.1.0"; static text. */
 const char *kvloom_version(void);

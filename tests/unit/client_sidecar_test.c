@@ -470,6 +470,53 @@ static void a_map_can_neither_be_written_nor_cut(void **state)
     kvl_container_use_shared_memory(0);
 }
 
+/* Hits, misses and puts in their order, of the own tenant alone, from the first question on; what
+ * came too late is counted. */
+static void accesses_are_told_to_their_own_tenant(void **state)
+{
+    (void)state;
+    enum { ROOM = 1024, MANY = 17000 };
+    static kvloom_access accesses[ROOM];
+    static const uint32_t wanted[] = {KVLOOM_ACCESS_MISS, KVLOOM_ACCESS_PUT, KVLOOM_ACCESS_HIT};
+    sidecar_stage stage;
+    sidecar_stage_prepare(&stage, "s");
+    sidecar_stage_start(&stage);
+    kvloom_client *a = sidecar_stage_connect(&stage, 0, NULL);
+    kvloom_client *b = sidecar_stage_connect(&stage, 1, NULL);
+    char tenant[KVLOOM_TENANT_BYTES];
+    uint64_t after = 0, after_b = 0, n_lost = 9;
+    size_t n = 0;
+    kvloom_segment *segment = NULL;
+    const kvloom_key key = sidecar_stage_key(1, TOKENS_SMALL);
+    assert_int_equal(kvloom_get(a, &key, 0, &segment, NULL), KVLOOM_ERR_NOT_FOUND);
+    assert_int_equal(kvloom_accesses(a, &after, accesses, ROOM, &n, &n_lost, tenant, NULL), 0);
+    assert_int_equal(n, 0); /* nothing was noted before */
+    assert_string_equal(tenant, "a");
+    assert_int_equal(kvloom_accesses(b, &after_b, accesses, ROOM, &n, NULL, NULL, NULL), 0);
+    assert_int_equal(kvloom_get(a, &key, 0, &segment, NULL), KVLOOM_ERR_NOT_FOUND);
+    assert_int_equal(sidecar_stage_put(a, 1, TOKENS_SMALL, 0, NULL), KVLOOM_OK);
+    assert_int_equal(kvloom_get(a, &key, 0, &segment, NULL), KVLOOM_OK);
+    assert_int_equal(kvloom_accesses(a, &after, accesses, ROOM, &n, &n_lost, NULL, NULL), 0);
+    assert_int_equal(n, 3);
+    assert_int_equal(n_lost, 0);
+    for (size_t i = 0; i < n; i++) {
+        assert_int_equal(accesses[i].what, wanted[i]);
+        assert_memory_equal(&accesses[i].id, kvloom_segment_id(segment), sizeof accesses[i].id);
+        assert_true((accesses[i].n_bytes > 0) == (i > 0));
+    }
+    kvloom_segment_release(segment);
+    assert_int_equal(kvloom_accesses(b, &after_b, accesses, ROOM, &n, NULL, NULL, NULL), 0);
+    assert_int_equal(n, 0);
+    for (int i = 0; i < MANY; i++)
+        assert_int_equal(kvloom_get(b, &key, 0, &segment, NULL), KVLOOM_ERR_NOT_FOUND);
+    assert_int_equal(kvloom_accesses(b, &after_b, accesses, ROOM, &n, &n_lost, NULL, NULL), 0);
+    assert_int_equal(n, ROOM);
+    assert_int_equal(n_lost, MANY - 16384);
+    kvloom_close(a);
+    kvloom_close(b);
+    sidecar_stage_end(&stage);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -488,6 +535,7 @@ int main(void)
         cmocka_unit_test(listing_and_removing_by_id),
         cmocka_unit_test(another_model_or_salt_is_refused_in_words),
         cmocka_unit_test(a_map_can_neither_be_written_nor_cut),
+        cmocka_unit_test(accesses_are_told_to_their_own_tenant),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
