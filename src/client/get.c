@@ -104,8 +104,23 @@ static kvloom_status check_shape(const kvloom_client *client, kvloom_segment *se
         wanted->rotated_halves);
 }
 
+/* Ids are 256 bits of a keyed hash, so this never happens; but the tokens are here, and comparing
+ * them costs nothing beside reading what they stand for. */
+static kvloom_status check_tokens(const kvloom_segment *segment, const uint32_t *tokens,
+                                  size_t n_tokens, kvloom_error *error)
+{
+    const kvl_container_info *info = kvl_container_info_of(segment->container);
+    if (n_tokens == 0 || (info->n_tokens == n_tokens &&
+                          memcmp(info->tokens, tokens, n_tokens * sizeof *tokens) == 0)) {
+        return KVLOOM_OK;
+    }
+    return client_fail(error, KVLOOM_ERR_DAMAGED,
+                       "the segment is of other tokens than were asked for");
+}
+
 kvloom_status client_segment_make(kvloom_client *client, const Kvloom__Local__V1__Got *got, int fd,
-                                  kvloom_segment **out, kvloom_error *error)
+                                  const uint32_t *tokens, size_t n_tokens, kvloom_segment **out,
+                                  kvloom_error *error)
 {
     *out = NULL;
     kvloom_segment *segment = kvl_alloc_zero(1, sizeof *segment);
@@ -121,6 +136,7 @@ kvloom_status client_segment_make(kvloom_client *client, const Kvloom__Local__V1
         atomic_init(&segment->n_ready, got->n_ready);
         status = open_bytes(segment, got, fd, error);
         if (status == KVLOOM_OK) status = check_shape(client, segment, got, error);
+        if (status == KVLOOM_OK) status = check_tokens(segment, tokens, n_tokens, error);
     }
     if (fd >= 0) (void)close(fd);
     if (status < 0) {
@@ -239,7 +255,9 @@ static kvloom_status get(kvloom_client *client, Kvloom__Local__V1__Key *key, uin
         status = client_fail(error, KVLOOM_ERR_MALFORMED, "the sidecar answered something else");
     } else {
         if (fd != NULL && got_fd >= 0) *fd = fcntl(got_fd, F_DUPFD_CLOEXEC, 0);
-        status = client_segment_make(client, reply->got, got_fd, segment, error);
+        status = client_segment_make(client, reply->got, got_fd,
+                                     (const uint32_t *)(const void *)key->tokens.data,
+                                     key->tokens.len / sizeof(uint32_t), segment, error);
     }
     client_reply_end(reply);
     return status;
@@ -383,9 +401,14 @@ kvloom_status kvloom_get_start(kvloom_client *client, const kvloom_key *key, uin
     kvloom_status status = client_key(key, &message, error);
     if (status < 0) return status;
     kvloom_transfer *transfer = kvl_alloc_zero(1, sizeof *transfer);
-    if (transfer == NULL) {
+    uint32_t *tokens = transfer == NULL ? NULL : kvl_alloc(key->n_tokens * sizeof *tokens);
+    if (tokens == NULL) {
+        kvl_free(transfer);
         return client_fail(error, KVLOOM_ERR_NO_MEMORY, "no memory for a transfer");
     }
+    memcpy(tokens, key->tokens, key->n_tokens * sizeof *tokens);
+    transfer->tokens = tokens;
+    transfer->n_tokens = key->n_tokens;
     request.body_case = KVLOOM__LOCAL__V1__REQUEST__BODY_GET;
     request.get = &body;
     body.key = &message;
@@ -393,6 +416,7 @@ kvloom_status kvloom_get_start(kvloom_client *client, const kvloom_key *key, uin
     body.by_layer = 1;
     status = client_send(client, &request, -1, error);
     if (status < 0) {
+        kvl_free(tokens);
         kvl_free(transfer);
         return status;
     }
@@ -427,7 +451,8 @@ void client_transfer_take(kvloom_client *client, kvloom_transfer *transfer,
                              "the sidecar answered something else");
     } else if (transfer->segment == NULL) {
         const kvloom_status made =
-            client_segment_make(client, reply->got, fd, &transfer->segment, &transfer->error);
+            client_segment_make(client, reply->got, fd, transfer->tokens, transfer->n_tokens,
+                                &transfer->segment, &transfer->error);
         fd = -1;
         if (made < 0) status = made;
     } else {
@@ -479,5 +504,6 @@ void kvloom_transfer_end(kvloom_transfer *transfer)
     if (transfer == NULL) return;
     settle(transfer);
     kvloom_segment_release(transfer->segment);
+    kvl_free(transfer->tokens);
     kvl_free(transfer);
 }
