@@ -258,6 +258,39 @@ typedef struct kvloom_entry {
 kvloom_status kvloom_list(kvloom_client *client, const kvloom_digest *after, kvloom_entry *entries,
                           size_t n_max, size_t *n_entries, kvloom_error *error);
 
+/* ---- anchors ---- */
+
+/* A measured example of what a context did to the KV of one slot of a template (KVCOMM,
+ * arXiv:2510.12872): an engine that has measured one puts it, another one that fills the same slot
+ * lists what there is and gets what it needs. What a layer's bytes mean is between engines of one
+ * fingerprint. */
+typedef struct kvloom_anchor_key {
+    const char *template_name; /* of workflow and template, 1 .. 256 bytes */
+    uint32_t slot;             /* 0 .. 1023, in the order of the template */
+    const uint32_t *tokens;    /* [n_tokens] of the text that it was measured with */
+    size_t n_tokens;
+    uint64_t reserved[2];
+} kvloom_anchor_key;
+
+/* Keeps one, as kvloom_put does; one text in one slot has one anchor, and what is there is left as
+ * it is. The client's options must have a shape: its n_layers is that of `layers`.
+ * layers  [n_layers], n_layer_bytes each: 1 or more; read during the call
+ * extra   n_extra bytes that go with it, at most 4,096; may be NULL
+ * id      may be NULL
+ * Errors  KVLOOM_ERR_TOO_LARGE, KVLOOM_ERR_OUT_OF_RANGE, KVLOOM_ERR_BUSY (a put is open), ... */
+kvloom_status kvloom_put_anchor(kvloom_client *client, const kvloom_anchor_key *key,
+                                const void *const *layers, size_t n_layer_bytes, const void *extra,
+                                size_t n_extra, unsigned flags, kvloom_digest *id,
+                                kvloom_error *error);
+/* Ids of the anchors of a slot in memory and on disk, at most 256, for kvloom_get_id. The segment
+ * that this gives has the tokens, the layers and the extra of the anchor.
+ * ids  [n_max] */
+kvloom_status kvloom_list_anchors(kvloom_client *client, const char *template_name, uint32_t slot,
+                                  kvloom_digest *ids, size_t n_max, size_t *n_ids,
+                                  kvloom_error *error);
+/* What goes with an anchor, borrowed until it is released; NULL where there is nothing. */
+const void *kvloom_segment_extra(const kvloom_segment *segment, size_t *n_bytes);
+
 typedef struct kvloom_stats {
     uint64_t memory_bytes, memory_bytes_max, disk_bytes, disk_bytes_max;
     uint64_t n_containers;

@@ -193,6 +193,36 @@ kvloom_status kvloom_list(kvloom_client *client, const kvloom_digest *after, kvl
     return status;
 }
 
+kvloom_status kvloom_list_anchors(kvloom_client *client, const char *template_name, uint32_t slot,
+                                  kvloom_digest *ids, size_t n_max, size_t *n_ids,
+                                  kvloom_error *error)
+{
+    request_message request = KVLOOM__LOCAL__V1__REQUEST__INIT;
+    Kvloom__Local__V1__Anchors anchors = KVLOOM__LOCAL__V1__ANCHORS__INIT;
+    reply_message *reply = NULL;
+    *n_ids = 0;
+    request.body_case = KVLOOM__LOCAL__V1__REQUEST__BODY_ANCHORS;
+    request.anchors = &anchors;
+    anchors.template_name.data = (uint8_t *)(uintptr_t)template_name; /* only read */
+    anchors.template_name.len = strlen(template_name);
+    anchors.slot = slot;
+    kvloom_status status = client_call(client, &request, -1, 0, &reply, NULL, error);
+    if (status < 0) return status;
+    if (reply->body_case != KVLOOM__LOCAL__V1__REPLY__BODY_LISTED) status = unexpected(error);
+    const size_t n = status < 0 ? 0 : reply->listed->n_entries;
+    for (size_t i = 0; i < n && i < n_max && status == KVLOOM_OK; i++) {
+        const Kvloom__Local__V1__Entry *from = reply->listed->entries[i];
+        if (from->id.len != KVLOOM_DIGEST_BYTES) {
+            status = unexpected(error);
+            break;
+        }
+        memcpy(ids[i].bytes, from->id.data, KVLOOM_DIGEST_BYTES);
+        *n_ids = i + 1;
+    }
+    client_reply_end(reply);
+    return status;
+}
+
 /* False: one of them is none of this protocol. */
 static bool take_accesses(const Kvloom__Local__V1__Accessed *from, kvloom_access *accesses)
 {

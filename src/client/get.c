@@ -208,6 +208,16 @@ const kvloom_digest *kvloom_segment_id(const kvloom_segment *segment)
     return &segment->id;
 }
 
+/* A sidecar's anchor begins with 32 bytes that name its slot, for the sidecar itself. */
+const void *kvloom_segment_extra(const kvloom_segment *segment, size_t *n_bytes)
+{
+    const kvl_container_info *info = kvl_container_info_of(segment->container);
+    const bool has_some =
+        info->kind == KVL_CONTAINER_ANCHOR && info->n_extra_bytes > KVL_DIGEST_BYTES;
+    if (n_bytes != NULL) *n_bytes = has_some ? info->n_extra_bytes - KVL_DIGEST_BYTES : 0;
+    return has_some ? (const uint8_t *)info->extra + KVL_DIGEST_BYTES : NULL;
+}
+
 kvloom_place kvloom_segment_place(const kvloom_segment *segment)
 {
     return segment->place;

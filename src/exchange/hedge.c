@@ -1,8 +1,8 @@
 /* exchange/hedge.c: a second holder is asked when the first takes longer to begin than it usually
- * does (hedged requests: Dean and Barroso, "The tail at scale", CACM 56(2), 2013). Whoever sends its
- * header first goes on, the other is told to stop: so a hedge costs a header and what of the window
- * was under way. Only the beginning is hedged: blocks of two holders may differ in their roundings,
- * so in the middle a change would begin anew. */
+ * does (hedged requests: Dean and Barroso, "The tail at scale", CACM 56(2), 2013). Whoever sends
+ * its header first goes on, the other is told to stop: so a hedge costs a header and what of the
+ * window was under way. Only the beginning is hedged: blocks of two holders may differ in their
+ * roundings, so in the middle a change would begin anew. */
 #include "exchange/protocol_state.h"
 
 #include <stdlib.h>

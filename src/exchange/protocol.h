@@ -36,8 +36,8 @@
 /* Blocks under way: a fetch has KVL_STREAM_WINDOW_BYTES of credit, a peer two fetches at once. */
 #define KVL_STREAMS_PER_PEER 2u
 #define KVL_STREAM_WINDOW_BYTES ((uint64_t)4 << 20)
-/* Hedging: of a holder's latest times to begin, how many there must be and are kept; no other holder
- * is asked before the least time; and at most so many in one fetch. */
+/* Hedging: of a holder's latest times to begin, how many there must be and are kept; no other
+ * holder is asked before the least time; and at most so many in one fetch. */
 #define KVL_HEDGE_SAMPLES 32u
 #define KVL_HEDGE_SAMPLES_MIN 8u
 #define KVL_HEDGE_NS_MIN (20 * KVL_NS_PER_MS)

@@ -226,6 +226,7 @@ static kvl_status check_put(kvl_sidecar *s, client *c, const request *from, int 
                         shape->n_layers, shape->n_kv_heads, shape->head_dim, shape->dtype,
                         shape->pairs);
     }
+    if (put->anchor != NULL) KVL_TRY(sidecar_anchor_put(s, c, put, j, error));
     kvl_tier_stats stats;
     kvl_tier *largest = c->tenant->disk != NULL ? c->tenant->disk : c->tenant->memory;
     largest->ops->stats(largest, &stats);
@@ -584,6 +585,9 @@ static void take(kvl_sidecar *s, client *c, const request *from, int *fd)
     case KVLOOM__LOCAL__V1__REQUEST__BODY_ACCESSES:
         sidecar_access_answer(s, c, from->number, from->accesses->after);
         return;
+    case KVLOOM__LOCAL__V1__REQUEST__BODY_ANCHORS:
+        sidecar_anchor_list(s, c, from->number, from->anchors);
+        return;
     default: break;
     }
     c->tenant->refused++;
@@ -623,7 +627,7 @@ static void finish_put(kvl_sidecar *s, job *j)
                             j->container == NULL ? 0 : kvl_container_n_bytes(j->container),
                             KVL_ACCESS_PUT);
         if (s->exchange != NULL && j->tenant == &s->tenants[0]) {
-            kvl_exchange_announce(s->exchange, &j->id, KVL_CONTAINER_SEGMENT);
+            kvl_exchange_announce(s->exchange, &j->id, j->info.kind);
         }
         if (c != NULL) send_stored(s, c, j->number, &j->id, false);
     } else if (c != NULL) {
@@ -639,10 +643,12 @@ void sidecar_job_done(kvl_sidecar *s, job *j)
     }
     if (j->kind == JOB_PUT) {
         finish_put(s, j);
-    } else if (j->kind == JOB_REMOVE) {
+    } else if (j->kind == JOB_REMOVE || j->kind == JOB_ANCHORS) {
         client *c = sidecar_client_find(s, j->slot, j->serial);
-        if (c != NULL) {
-            c->n_waiting--;
+        if (c != NULL) c->n_waiting--;
+        if (c != NULL && j->kind == JOB_ANCHORS) {
+            sidecar_anchor_found(s, c, j);
+        } else if (c != NULL) {
             sidecar_send_status(s, c, j->number, j->status, "%s", j->text);
         }
     } else if (j->status < 0) {

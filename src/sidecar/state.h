@@ -95,6 +95,7 @@ typedef enum job_kind {
     JOB_PUT,      /* blocks of a client to a container, to disk and memory */
     JOB_KEEP,     /* a container from a peer to disk */
     JOB_REMOVE,   /* from disk and memory */
+    JOB_ANCHORS,  /* ids of the anchors of a slot */
     JOB_PROGRESS, /* of a fetch: never queued for a worker */
     JOB_FETCHED,  /* same */
 } job_kind;
@@ -113,13 +114,17 @@ typedef struct job {
     /* put */
     kvl_container_info info;
     uint32_t *tokens; /* owned */
-    int fd;           /* owned; -1: none */
+    uint8_t *extra; /* owned; of an anchor, or how the extra of those that are looked for begins */
+    int fd;         /* owned; -1: none */
     bool write_back;
     /* result, and what JOB_KEEP keeps */
     kvl_status status;
     char text[KVL_ERROR_TEXT_MAX];
     kvl_container *container;
     uint32_t n_ready;
+    struct found_anchor *anchors; /* owned */
+    size_t n_anchors;
+    bool has_more_anchors;
 } job;
 
 struct kvl_sidecar {
@@ -215,6 +220,23 @@ KVL_MUST_USE kvl_status sidecar_job_start(kvl_sidecar *s, job *j);
 void sidecar_job_finish(job *j);
 /* The next finished job, or NULL. */
 job *sidecar_job_next(kvl_sidecar *s);
+
+/* ---- anchor.c ---- */
+
+typedef struct found_anchor {
+    kvl_digest id;
+    uint64_t n_bytes;
+} found_anchor;
+
+/* Fills what differs from a segment's put: kind, id, block_bytes, extra.
+ * Errors   KVL_ERR_INVALID, KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status sidecar_anchor_put(const kvl_sidecar *s, const client *c,
+                                           const Kvloom__Local__V1__Put *put, job *j,
+                                           kvl_error *error);
+void sidecar_anchor_list(kvl_sidecar *s, client *c, uint64_t number,
+                         const Kvloom__Local__V1__Anchors *wanted);
+void sidecar_anchor_find(job *j); /* on a worker */
+void sidecar_anchor_found(kvl_sidecar *s, client *c, const job *j);
 
 /* ---- access.c ---- */
 

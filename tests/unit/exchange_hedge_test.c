@@ -86,7 +86,7 @@ static void prepare(void)
     keep_up();
 }
 
-/* Peer 0 is asked for container 1 and peer 1 has it too; when the usual time is over, it is asked. */
+/* Peer 0 is asked for container 1 and peer 1 has it too; after the usual time, it is asked. */
 static void begin_hedged(kvl_message fetches[2])
 {
     prepare();
