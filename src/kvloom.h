@@ -303,6 +303,68 @@ typedef struct kvloom_stats {
 /* Of this tenant, since the sidecar started. */
 kvloom_status kvloom_get_stats(kvloom_client *client, kvloom_stats *stats, kvloom_error *error);
 
+/* ---- answers of a host ---- */
+
+/* A host that `kvloom serve --http` runs. Texts are borrowed for the call. */
+typedef struct kvloom_host {
+    const char *address; /* "127.0.0.1:8080", "[::1]:8080" or "unix:/PATH", without TLS; NULL:
+                            $KVLOOM_HOST, or 127.0.0.1:8080 */
+    const char *api_key; /* NULL: none */
+    uint64_t reserved[4];
+} kvloom_host;
+
+typedef struct kvloom_message {
+    const char *role; /* "system", "user", "assistant" */
+    const char *text; /* UTF-8 */
+} kvloom_message;
+
+typedef struct kvloom_question {
+    const kvloom_message *messages; /* [n_messages], 1 .. 1024 */
+    size_t n_messages;
+    uint32_t max_tokens;    /* 0: what the context leaves */
+    int has_temperature;    /* 0: the host's default */
+    double temperature;     /* 0: the likeliest token */
+    uint64_t seed;          /* 0: by chance */
+    const char *cache_salt; /* narrows what is shared further than the tenant; NULL: no narrower */
+    uint64_t reserved[4];
+} kvloom_question;
+
+typedef struct kvloom_answer kvloom_answer;
+
+/* Asks, and returns when the host has the question; the answer is read as it comes. Independent of
+ * any kvloom_client.
+ * deadline_ms  for the whole answer; 0: none
+ * Owns         *answer: ended with kvloom_answer_end
+ * Errors       KVLOOM_ERR_UNREACHABLE (nobody listens there), KVLOOM_ERR_INVALID (the question),
+ *              KVLOOM_ERR_TIMEOUT, KVLOOM_ERR_NO_MEMORY; what the host says comes later */
+kvloom_status kvloom_stream(const kvloom_host *host, const kvloom_question *question,
+                            uint32_t deadline_ms, kvloom_answer **answer, kvloom_error *error);
+/* The same, and waits until the answer is whole. */
+kvloom_status kvloom_generate(const kvloom_host *host, const kvloom_question *question,
+                              uint32_t deadline_ms, kvloom_answer **answer, kvloom_error *error);
+/* Readable while kvloom_answer_read has something to do. Borrowed until the answer is ended. */
+int kvloom_answer_fd(const kvloom_answer *answer);
+/* Takes what has arrived, without waiting.
+ * Returns  KVLOOM_IN_PROGRESS, KVLOOM_OK (it is whole), or why it failed, then and ever after
+ * Errors   KVLOOM_ERR_INVALID, KVLOOM_ERR_DENIED (key), KVLOOM_ERR_BUSY, KVLOOM_ERR_TOO_LARGE: as
+ *          the host says; KVLOOM_ERR_UNREACHABLE (it ended), KVLOOM_ERR_TIMEOUT,
+ *          KVLOOM_ERR_MALFORMED (it is no host, or sent more than an answer may be) */
+kvloom_status kvloom_answer_read(kvloom_answer *answer, kvloom_error *error);
+/* The text so far, UTF-8, with a zero byte behind it; borrowed until the next read. It only grows:
+ * what is new stands behind what has been seen. */
+const char *kvloom_answer_text(const kvloom_answer *answer, size_t *n_bytes);
+
+typedef struct kvloom_usage {
+    uint64_t prompt_tokens, cached_tokens, answer_tokens;
+    int hit_max_tokens; /* the answer was cut */
+    uint64_t reserved[4];
+} kvloom_usage;
+
+/* Errors   KVLOOM_ERR_NOT_FOUND (the answer is not whole yet) */
+kvloom_status kvloom_answer_usage(const kvloom_answer *answer, kvloom_usage *usage);
+/* At any time: a host stops computing for who has gone. NULL does nothing. */
+void kvloom_answer_end(kvloom_answer *answer);
+
 enum { KVLOOM_ACCESS_HIT = 1, KVLOOM_ACCESS_MISS = 2, KVLOOM_ACCESS_PUT = 3 };
 
 typedef struct kvloom_access {
