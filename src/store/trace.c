@@ -142,12 +142,13 @@ typedef struct item {
     kvl_entry by_id; /* first: of the map of all ids */
     kvl_policy_entry entry;
     uint64_t n_bytes;
+    kvl_access_kind next_kind; /* of what was asked for it later */
     bool is_there;
 } item;
 
 typedef struct world {
     item *items;    /* [n_accesses], as many as there are ids are used */
-    item **item_of; /* [n_accesses] */
+    item **item_of; /* [n_accesses]; NULL: it is not replayed */
     size_t n_items;
     kvl_entry_map map;
     kvl_policy policy;
@@ -176,6 +177,19 @@ static void name_items(world *w, const kvl_trace *trace)
     }
 }
 
+/* Accesses that another one repeats have no item. */
+static void drop_repeated(world *w, const kvl_trace *trace)
+{
+    for (size_t i = trace->n_accesses; i-- > 0;) {
+        const kvl_access_record *access = &trace->accesses[i];
+        item *it = w->item_of[i];
+        const bool is_repeated = access->kind == KVL_ACCESS_MISS && access->n_bytes == 0 &&
+                                 it->next_kind == KVL_ACCESS_MISS;
+        if (is_repeated) w->item_of[i] = NULL;
+        it->next_kind = access->kind;
+    }
+}
+
 static void bring_in(world *w, item *it)
 {
     if (it->n_bytes == 0 || it->n_bytes > w->policy.bytes_max) return;
@@ -201,7 +215,7 @@ static void replay_access(world *w, const kvl_access_record *access, item *it)
     w->replay->n_gets++;
     w->replay->bytes_asked += it->n_bytes;
     if (!it->is_there) {
-        bring_in(w, it);
+        if (access->kind == KVL_ACCESS_HIT || access->n_bytes > 0) bring_in(w, it);
         return;
     }
     w->replay->n_hits++;
@@ -220,7 +234,10 @@ static kvl_status replay_all(world *w, const kvl_trace *trace, kvl_policy_kind p
     KVL_TRY(kvl_entry_map_init(&w->map, error));
     KVL_TRY(kvl_policy_init(&w->policy, policy, bytes_max, error));
     name_items(w, trace);
-    for (size_t i = 0; i < n; i++) replay_access(w, &trace->accesses[i], w->item_of[i]);
+    drop_repeated(w, trace);
+    for (size_t i = 0; i < n; i++) {
+        if (w->item_of[i] != NULL) replay_access(w, &trace->accesses[i], w->item_of[i]);
+    }
     return KVL_OK;
 }
 

@@ -57,9 +57,10 @@ typedef struct kvl_replay {
     uint64_t n_evicted;
 } kvl_replay;
 
-/* Every get that misses brings the container in, as a load or a prefill with a put would; a put
- * brings it in as well. What no line tells the size of never comes in. What is larger than the
- * memory does not either.
+/* A get that misses brings the container in, as a load would, but where the line does not know its
+ * size: then nothing was loaded, and a put that follows brings it in. Where what follows is another
+ * miss of the same container, the two were one question, first to memory and then to the disk, and
+ * count once. What is larger than the memory never comes in.
  * Errors   KVL_ERR_INVALID (bytes_max 0), KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status kvl_trace_replay(const kvl_trace *trace, kvl_policy_kind policy,
                                          uint64_t bytes_max, kvl_replay *replay, kvl_error *error);

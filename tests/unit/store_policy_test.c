@@ -322,6 +322,29 @@ static void test_a_tier_does_as_the_replay(void **state)
     assert_int_equal(kvl_alloc_live(), 0);
 }
 
+/* What a miss says of the size decides whether it brought anything in. */
+static void test_what_a_miss_brings_in(void **state)
+{
+    (void)state;
+    kvl_trace trace = {NULL, 0};
+    size_t capacity = 0;
+    kvl_replay replay;
+    add(&trace, &capacity, 1, 0, KVL_ACCESS_MISS); /* to memory, then to the disk: one question */
+    add(&trace, &capacity, 2, 0, KVL_ACCESS_MISS);
+    add(&trace, &capacity, 1, 5, KVL_ACCESS_MISS);
+    add(&trace, &capacity, 2, 0, KVL_ACCESS_MISS); /* nowhere: nothing comes in... */
+    add(&trace, &capacity, 1, 5, KVL_ACCESS_HIT);
+    add(&trace, &capacity, 2, 5, KVL_ACCESS_PUT); /* ...before this */
+    add(&trace, &capacity, 2, 5, KVL_ACCESS_HIT);
+    assert_int_equal(kvl_trace_replay(&trace, KVL_POLICY_LRU, 10, &replay, NULL), KVL_OK);
+    assert_int_equal(replay.n_gets, 4);
+    assert_int_equal(replay.n_hits, 2);
+    assert_int_equal(replay.bytes_asked, 20);
+    assert_int_equal(replay.bytes_hit, 10);
+    assert_int_equal(replay.n_evicted, 0);
+    kvl_trace_deinit(&trace);
+}
+
 /* ---- files ---- */
 
 static void write_trace(const char *path, const char *text)
@@ -429,6 +452,7 @@ int main(void)
         cmocka_unit_test(test_a_scan_pushes_out_nothing),
         cmocka_unit_test(test_the_best_on_the_trace_is_chosen),
         cmocka_unit_test(test_a_tier_does_as_the_replay),
+        cmocka_unit_test(test_what_a_miss_brings_in),
         cmocka_unit_test(test_a_trace_is_read_as_it_was_written),
         cmocka_unit_test(test_what_is_no_trace_is_refused),
         cmocka_unit_test(test_every_allocation_may_fail),
