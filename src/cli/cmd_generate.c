@@ -231,7 +231,7 @@ static kvl_status answer(kvl_engine *engine, const arguments *wanted, const uint
     };
     uint32_t n_tokens = 0;
     bool ended = false;
-    KVL_TRY(kvl_decode(session, engine, &decoding, logits, &n_tokens, &ended, error));
+    KVL_TRY(kvl_decode(session, engine, &decoding, logits, &n_tokens, &ended, NULL, error));
     const int64_t end = kvl_clock_now(clock);
     if (wanted->json) {
         print_json(engine, session, n_prompt, ended, kvl_ns_to_ms(first - start),

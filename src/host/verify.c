@@ -18,7 +18,7 @@ static kvl_status correct(run *r, exact_check *check, kvl_error *error)
                                         .keep_last = true};
     uint32_t n_more = 0;
     KVL_TRY(kvl_decode(check->session, host->engine, &options, host->logits, &n_more, &r->ended,
-                       error));
+                       NULL, error));
     const uint32_t n_before = r->n_answer;
     r->n_answer = check->n_agreed + n_more;
     r->n_corrected = (n_before > r->n_answer ? n_before : r->n_answer) - check->n_agreed;

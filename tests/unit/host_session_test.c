@@ -232,6 +232,88 @@ static void test_greedy_draw_takes_the_lowest_of_equals(void **state)
     }
 }
 
+/* ---- guesses ---- */
+
+enum { ANSWER_MAX = 10 };
+
+typedef struct answer {
+    uint32_t tokens[ANSWER_MAX + 1], n_drawn; /* with the one that ended it */
+    uint32_t n_tokens, n_kept, stop_at;
+    bool ended;
+    float logits[KVL_TINY_VOCABULARY]; /* behind the last token, as the session has it */
+} answer;
+
+static bool note_token(void *context, uint32_t token, const float *logits)
+{
+    answer *a = context;
+    assert_int_equal(token, kvl_draw_token(logits, KVL_TINY_VOCABULARY, 0.0F, NULL));
+    a->tokens[a->n_drawn++] = token;
+    return a->n_drawn == a->stop_at;
+}
+
+static answer decode_behind(fixture *f, const uint32_t *ids, uint32_t n, const uint32_t *guess,
+                            uint32_t n_guess, uint32_t max_tokens, uint32_t stop_at)
+{
+    answer a = {.stop_at = stop_at};
+    uint32_t n_shared = 0;
+    float logits[KVL_TINY_VOCABULARY];
+    kvl_session *session = begin(f, ids, n, false, &n_shared);
+    compute(session, 0, n, logits);
+    const kvl_decode_options options = {.max_tokens = max_tokens,
+                                        .guess = guess,
+                                        .n_guess = n_guess,
+                                        .keep_last = true,
+                                        .drawn = note_token,
+                                        .context = &a};
+    kvl_error error = {0};
+    if (kvl_decode(session, f->engine, &options, logits, &a.n_tokens, &a.ended, &a.n_kept,
+                   &error) != KVL_OK)
+        fail_msg("%s", error.text);
+    assert_int_equal(kvl_session_n_tokens(session), n + a.n_tokens);
+    for (uint32_t i = 0; i < a.n_tokens; i++)
+        assert_int_equal(kvl_session_tokens(session)[n + i], a.tokens[i]);
+    /* One more token on top of the KV that was left: wrong KV would show. */
+    const uint32_t next = 1;
+    assert_int_equal(kvl_session_append(session, &next, 1, &error), KVL_OK);
+    compute(session, n + a.n_tokens, n + a.n_tokens + 1, a.logits);
+    kvl_session_destroy(session);
+    return a;
+}
+
+/* Right, wrong from some token on, too long, or stopped in the middle: the answer is the same. */
+static void test_a_guess_changes_no_answer(void **state)
+{
+    fixture *f = *state;
+    kvl_random random = kvl_test_random();
+    uint32_t n_kept_whole = 0, n_kept_partly = 0;
+    for (int round = 0; round < 60; round++) {
+        uint32_t ids[PROMPT_MAX], guess[ANSWER_MAX];
+        const uint32_t n = random_prompt(&random, ids);
+        const uint32_t max_tokens = 1 + kvl_test_below(&random, ANSWER_MAX);
+        const uint32_t stop_at = kvl_test_below(&random, 2 * ANSWER_MAX);
+        const answer plain = decode_behind(f, ids, n, NULL, 0, max_tokens, stop_at);
+        const answer longest = decode_behind(f, ids, n, NULL, 0, ANSWER_MAX, 0);
+        const uint32_t n_guess = kvl_test_below(&random, longest.n_tokens + 1);
+        const uint32_t wrong_at = kvl_test_below(&random, 2 * ANSWER_MAX);
+        for (uint32_t i = 0; i < n_guess; i++) {
+            const uint32_t other = longest.tokens[i] == 5 ? 6 : 5;
+            guess[i] = i == wrong_at ? other : longest.tokens[i];
+        }
+        const answer guessed = decode_behind(f, ids, n, guess, n_guess, max_tokens, stop_at);
+        assert_int_equal(guessed.n_tokens, plain.n_tokens);
+        assert_int_equal(guessed.n_drawn, plain.n_drawn);
+        assert_int_equal(guessed.ended, plain.ended);
+        assert_memory_equal(guessed.tokens, plain.tokens, plain.n_drawn * sizeof *plain.tokens);
+        assert_close(plain.logits, guessed.logits, KVL_TINY_VOCABULARY);
+        uint32_t n_most = n_guess < wrong_at ? n_guess : wrong_at;
+        if (n_most > plain.n_tokens) n_most = plain.n_tokens;
+        assert_int_equal(guessed.n_kept, n_most);
+        n_kept_whole += n_guess > 1 && guessed.n_kept == n_guess;
+        n_kept_partly += guessed.n_kept > 0 && guessed.n_kept < n_guess;
+    }
+    assert_true(n_kept_whole > 0 && n_kept_partly > 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -247,6 +329,8 @@ int main(void)
                                         teardown),
         cmocka_unit_test_setup_teardown(test_prompt_past_the_context_is_refused, setup_llama,
                                         teardown),
+        cmocka_unit_test_setup_teardown(test_a_guess_changes_no_answer, setup_llama, teardown),
+        cmocka_unit_test_setup_teardown(test_a_guess_changes_no_answer, setup_qwen2, teardown),
         cmocka_unit_test(test_greedy_draw_takes_the_lowest_of_equals),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

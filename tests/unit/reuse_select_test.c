@@ -69,6 +69,7 @@ static void test_heads_and_highest_are_chosen(void **state)
             .n_sink = kvl_test_below(&random, 12),
             .score = KVL_SELECT_QUERY_ATTENTION,
             .share = (float)kvl_test_below(&random, 11) / 10.0F,
+            .is_total = kvl_test_below(&random, 2) == 1,
             .pool_width = 1 + 2 * kvl_test_below(&random, 6),
         };
         uint32_t chosen[POSITIONS_MAX];
@@ -92,7 +93,8 @@ static void test_heads_and_highest_are_chosen(void **state)
         for (size_t r = 0; r < s.n_runs; r++)
             heads_wanted += s.runs[r].n < policy.n_sink ? s.runs[r].n : policy.n_sink;
         assert_int_equal(n_heads, heads_wanted);
-        const uint32_t wanted = (uint32_t)((double)policy.share * s.n_tokens);
+        uint32_t wanted = (uint32_t)((double)policy.share * s.n_tokens);
+        if (policy.is_total) wanted -= heads_wanted < wanted ? heads_wanted : wanted;
         const uint32_t rest = s.n_tokens - heads_wanted;
         assert_int_equal(n_scored, wanted < rest ? wanted : rest);
         /* Nobody left out has more than the least of the chosen. */
@@ -109,7 +111,8 @@ static void test_ties_go_to_the_lower_position(void **state)
 {
     (void)state;
     scene s = {.runs = {{10, 40}, {60, 40}}, .n_runs = 2};
-    const kvl_select_policy policy = {"test", 0, KVL_SELECT_DEVIATION, 0.25F, 1};
+    const kvl_select_policy policy = {
+        .name = "test", .score = KVL_SELECT_DEVIATION, .share = 0.25F, .pool_width = 1};
     uint32_t chosen[80];
     uint32_t n = 0;
     assert_int_equal(kvl_select_tokens(&policy, s.runs, 2, s.scores, chosen, &n, NULL), KVL_OK);
@@ -123,7 +126,8 @@ static void test_no_number_comes_last(void **state)
     (void)state;
     scene s = {.runs = {{0, 10}}, .n_runs = 1};
     for (int i = 0; i < 10; i++) s.scores[i] = i % 2 == 0 ? NAN : (float)i;
-    const kvl_select_policy policy = {"test", 0, KVL_SELECT_DEVIATION, 0.5F, 1};
+    const kvl_select_policy policy = {
+        .name = "test", .score = KVL_SELECT_DEVIATION, .share = 0.5F, .pool_width = 1};
     uint32_t chosen[10];
     uint32_t n = 0;
     assert_int_equal(kvl_select_tokens(&policy, s.runs, 1, s.scores, chosen, &n, NULL), KVL_OK);
@@ -139,6 +143,13 @@ static void test_policies_have_names(void **state)
         assert_ptr_equal(kvl_select_find(p->name), p);
         assert_int_equal(p->pool_width % 2, 1);
         assert_true(p->share >= 0.0F && p->share <= 1.0F);
+        const bool deviates =
+            p->score == KVL_SELECT_DEVIATION || p->score == KVL_SELECT_ATTENDED_DEVIATION;
+        assert_int_equal(deviates, p->n_checks > 0);
+        for (uint32_t c = 1; c < p->n_checks; c++) {
+            assert_true(p->checks[c].layer > p->checks[c - 1].layer);
+            assert_true(p->checks[c].share < p->checks[c - 1].share);
+        }
     }
     assert_true(n > 5);
     assert_null(kvl_select_find("no such policy"));
