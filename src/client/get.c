@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -323,6 +324,18 @@ static void *read_part_in_thread(void *argument)
  * thread costs more than it saves. */
 static const size_t COPY_ALONE_BYTES_MAX = (size_t)4 << 20;
 
+/* Elsewhere than this thread: the sidecar has just answered and often still has the other core; the
+ * system would then put both halves on this one and leave them there while the copy lasts. */
+static void place_elsewhere(pthread_attr_t *attributes)
+{
+    cpu_set_t allowed;
+    const int here = sched_getcpu();
+    if (here < 0 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    CPU_CLR((size_t)here, &allowed);
+    if (CPU_COUNT(&allowed) > 0)
+        (void)pthread_attr_setaffinity_np(attributes, sizeof allowed, &allowed);
+}
+
 static bool read_shared(const copy_part *whole)
 {
     if (whole->n_bytes <= COPY_ALONE_BYTES_MAX) return read_part(whole);
@@ -334,9 +347,14 @@ static bool read_shared(const copy_part *whole)
     /* A program's signals are for its own threads. */
     sigset_t all, before;
     pthread_t thread;
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0) return read_part(whole);
+    place_elsewhere(&attributes);
     (void)sigfillset(&all);
     (void)pthread_sigmask(SIG_SETMASK, &all, &before);
-    const bool has_thread = pthread_create(&thread, NULL, read_part_in_thread, &halves[1]) == 0;
+    const bool has_thread =
+        pthread_create(&thread, &attributes, read_part_in_thread, &halves[1]) == 0;
+    (void)pthread_attr_destroy(&attributes);
     (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
     const bool is_first_done = read_part(&halves[0]);
     if (!has_thread) return is_first_done && read_part(&halves[1]);
