@@ -72,11 +72,13 @@ void kvl_free(void *memory)
     free(memory);
 }
 
-/* Whole huge pages only, so that a file never takes more than it is long. */
+/* Only whole huge pages inside the memory; a refusal changes nothing but speed. */
 void kvl_advise_huge(void *bytes, size_t n_bytes)
 {
-    const size_t whole = n_bytes / HUGE_PAGE * HUGE_PAGE;
-    if (n_bytes >= HUGE_FROM) (void)madvise(bytes, whole, MADV_HUGEPAGE);
+    const uintptr_t start = (uintptr_t)bytes;
+    const uintptr_t first = (start + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    const uintptr_t past = (start + n_bytes) / HUGE_PAGE * HUGE_PAGE;
+    if (past > first) (void)madvise((void *)first, past - first, MADV_HUGEPAGE);
 }
 
 /* The seal against future writers comes after our own map for writing, which stays. */
@@ -92,7 +94,6 @@ bool kvl_alloc_shared(size_t size, kvl_shared_memory *memory)
     void *bytes = MAP_FAILED;
     if (ftruncate(fd, (off_t)padded) == 0)
         bytes = mmap(NULL, padded, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (bytes != MAP_FAILED) kvl_advise_huge(bytes, padded);
     const int seals = F_SEAL_FUTURE_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
     if (bytes == MAP_FAILED || fcntl(fd, F_ADD_SEALS, seals) != 0) {
         if (bytes != MAP_FAILED) (void)munmap(bytes, padded);
