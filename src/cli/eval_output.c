@@ -14,7 +14,7 @@ enum {
     ALL = CHUNKS | AGENTS
 };
 
-#define BALANCED "sink8+query10"
+#define BALANCED "sink8+draft12"
 #define CACHEBLEND "deviation15"
 
 typedef struct figure {

@@ -211,7 +211,7 @@ static char *make_chunk(const making *m, uint32_t i)
             return join(m->paragraphs[i], fact, "");
         }
         if (i == m->asked + 1) {
-            (void)snprintf(fact, sizeof fact, " is %u. ", number_of(m->seed, m->picked[m->asked]));
+            (void)snprintf(fact, sizeof fact, " is %u. ", asked_number(m));
             return join(fact, m->paragraphs[i], "");
         }
         return chunk_with_fact(m->paragraphs[i], place, number);

@@ -31,8 +31,8 @@ const eval_policy eval_policies[] = {
     {"all", "all", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
     /* What these leave in the prefix tree is exact, and others would share it: verified comes last
      * but one, and the gate has prompts of its own. */
-    {"verified", "sink8+query10", KVLOOM__V1__QUALITY__QUALITY_VERIFIED, true, false},
-    {"gate", "sink8+query10", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, true},
+    {"verified", "sink8+draft12", KVLOOM__V1__QUALITY__QUALITY_VERIFIED, true, false},
+    {"gate", "sink8+draft12", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, true},
     {0},
 };
 

@@ -111,7 +111,7 @@ static kvl_status find_policy(run *r, kvl_error *error)
     const bool is_fast = task->quality == KVLOOM__V1__QUALITY__QUALITY_FAST;
     if (task->select[0] == '\0') {
         if (task->workflow[0] == '\0' || r->correction->kind != KVL_CORRECT_NONE)
-            r->select = kvl_select_find(is_fast ? "sink8" : "sink8+query10");
+            r->select = kvl_select_find(is_fast ? "sink8" : "sink8+draft12");
         return KVL_OK;
     }
     r->select = kvl_select_find(task->select);

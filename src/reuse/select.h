@@ -43,7 +43,7 @@ typedef struct kvl_select_policy {
     bool values_only;                               /* |dV|^2, without |dK|^2 */
 } kvl_select_policy;
 
-/* A table of policies, ended by one without name. "sink8+query10" is the default of balanced,
+/* A table of policies, ended by one without name. "sink8+draft12" is the default of balanced,
  * "sink8" of fast; "deviation15" is CacheBlend's, "kvshare15" KVShare's. */
 extern const kvl_select_policy kvl_select_policies[];
 /* NULL where there is none of that name. */
