@@ -7,11 +7,11 @@ set(parts ${KVLOOM_CLIENT_SOURCES} ${KVLOOM_BASE_SOURCES} ${KVLOOM_SEGMENT_SOURC
   ${CMAKE_SOURCE_DIR}/src/exchange/local.c)
 add_library(kvloom_objects OBJECT ${parts})
 target_link_libraries(kvloom_objects PRIVATE kvl_flags kvl_proto_kvloom kvl_proto_local
-  PkgConfig::SODIUM PkgConfig::XXHASH)
+  PkgConfig::SODIUM PkgConfig::XXHASH PkgConfig::JANSSON)
 
 add_library(kvloom_shared SHARED $<TARGET_OBJECTS:kvloom_objects>)
 target_link_libraries(kvloom_shared PRIVATE kvl_flags kvl_proto_kvloom kvl_proto_local
-  PkgConfig::SODIUM PkgConfig::XXHASH Threads::Threads)
+  PkgConfig::SODIUM PkgConfig::XXHASH PkgConfig::JANSSON Threads::Threads)
 target_link_options(kvloom_shared PRIVATE
   -Wl,--version-script=${CMAKE_SOURCE_DIR}/src/client/kvloom.map -Wl,--as-needed)
 set_target_properties(kvloom_shared PROPERTIES OUTPUT_NAME kvloom EXPORT_NAME kvloom

@@ -41,6 +41,7 @@ extern "C" {
 #define KVLOOM_DIGEST_BYTES 32
 #define KVLOOM_CALL_MS_MAX 30000
 #define KVLOOM_KEYS_MAX 256
+#define KVLOOM_TENANT_BYTES 32 /* of a name, with the zero behind it */
 
 /* Numbers are those of the wire; they never change. */
 typedef int kvloom_status;
@@ -257,6 +258,39 @@ typedef struct kvloom_entry {
 kvloom_status kvloom_list(kvloom_client *client, const kvloom_digest *after, kvloom_entry *entries,
                           size_t n_max, size_t *n_entries, kvloom_error *error);
 
+/* ---- anchors ---- */
+
+/* A measured example of what a context did to the KV of one slot of a template (KVCOMM,
+ * arXiv:2510.12872): an engine that has measured one puts it, another one that fills the same slot
+ * lists what there is and gets what it needs. What a layer's bytes mean is between engines of one
+ * fingerprint. */
+typedef struct kvloom_anchor_key {
+    const char *template_name; /* of workflow and template, 1 .. 256 bytes */
+    uint32_t slot;             /* 0 .. 1023, in the order of the template */
+    const uint32_t *tokens;    /* [n_tokens] of the text that it was measured with */
+    size_t n_tokens;
+    uint64_t reserved[2];
+} kvloom_anchor_key;
+
+/* Keeps one, as kvloom_put does; one text in one slot has one anchor, and what is there is left as
+ * it is. The client's options must have a shape: its n_layers is that of `layers`.
+ * layers  [n_layers], n_layer_bytes each: 1 or more; read during the call
+ * extra   n_extra bytes that go with it, at most 4,096; may be NULL
+ * id      may be NULL
+ * Errors  KVLOOM_ERR_TOO_LARGE, KVLOOM_ERR_OUT_OF_RANGE, KVLOOM_ERR_BUSY (a put is open), ... */
+kvloom_status kvloom_put_anchor(kvloom_client *client, const kvloom_anchor_key *key,
+                                const void *const *layers, size_t n_layer_bytes, const void *extra,
+                                size_t n_extra, unsigned flags, kvloom_digest *id,
+                                kvloom_error *error);
+/* Ids of the anchors of a slot in memory and on disk, at most 256, for kvloom_get_id. The segment
+ * that this gives has the tokens, the layers and the extra of the anchor.
+ * ids  [n_max] */
+kvloom_status kvloom_list_anchors(kvloom_client *client, const char *template_name, uint32_t slot,
+                                  kvloom_digest *ids, size_t n_max, size_t *n_ids,
+                                  kvloom_error *error);
+/* What goes with an anchor, borrowed until it is released; NULL where there is nothing. */
+const void *kvloom_segment_extra(const kvloom_segment *segment, size_t *n_bytes);
+
 typedef struct kvloom_stats {
     uint64_t memory_bytes, memory_bytes_max, disk_bytes, disk_bytes_max;
     uint64_t n_containers;
@@ -268,6 +302,87 @@ typedef struct kvloom_stats {
 
 /* Of this tenant, since the sidecar started. */
 kvloom_status kvloom_get_stats(kvloom_client *client, kvloom_stats *stats, kvloom_error *error);
+
+/* ---- answers of a host ---- */
+
+/* A host that `kvloom serve --http` runs. Texts are borrowed for the call. */
+typedef struct kvloom_host {
+    const char *address; /* "127.0.0.1:8080", "[::1]:8080" or "unix:/PATH", without TLS; NULL:
+                            $KVLOOM_HOST, or 127.0.0.1:8080 */
+    const char *api_key; /* NULL: none */
+    uint64_t reserved[4];
+} kvloom_host;
+
+typedef struct kvloom_message {
+    const char *role; /* "system", "user", "assistant" */
+    const char *text; /* UTF-8 */
+} kvloom_message;
+
+typedef struct kvloom_question {
+    const kvloom_message *messages; /* [n_messages], 1 .. 1024 */
+    size_t n_messages;
+    uint32_t max_tokens;    /* 0: what the context leaves */
+    int has_temperature;    /* 0: the host's default */
+    double temperature;     /* 0: the likeliest token */
+    uint64_t seed;          /* 0: by chance */
+    const char *cache_salt; /* narrows what is shared further than the tenant; NULL: no narrower */
+    uint64_t reserved[4];
+} kvloom_question;
+
+typedef struct kvloom_answer kvloom_answer;
+
+/* Asks, and returns when the host has the question; the answer is read as it comes. Independent of
+ * any kvloom_client.
+ * deadline_ms  for the whole answer; 0: none
+ * Owns         *answer: ended with kvloom_answer_end
+ * Errors       KVLOOM_ERR_UNREACHABLE (nobody listens there), KVLOOM_ERR_INVALID (the question),
+ *              KVLOOM_ERR_TIMEOUT, KVLOOM_ERR_NO_MEMORY; what the host says comes later */
+kvloom_status kvloom_stream(const kvloom_host *host, const kvloom_question *question,
+                            uint32_t deadline_ms, kvloom_answer **answer, kvloom_error *error);
+/* The same, and waits until the answer is whole. */
+kvloom_status kvloom_generate(const kvloom_host *host, const kvloom_question *question,
+                              uint32_t deadline_ms, kvloom_answer **answer, kvloom_error *error);
+/* Readable while kvloom_answer_read has something to do. Borrowed until the answer is ended. */
+int kvloom_answer_fd(const kvloom_answer *answer);
+/* Takes what has arrived, without waiting.
+ * Returns  KVLOOM_IN_PROGRESS, KVLOOM_OK (it is whole), or why it failed, then and ever after
+ * Errors   KVLOOM_ERR_INVALID, KVLOOM_ERR_DENIED (key), KVLOOM_ERR_BUSY, KVLOOM_ERR_TOO_LARGE: as
+ *          the host says; KVLOOM_ERR_UNREACHABLE (it ended), KVLOOM_ERR_TIMEOUT,
+ *          KVLOOM_ERR_MALFORMED (it is no host, or sent more than an answer may be) */
+kvloom_status kvloom_answer_read(kvloom_answer *answer, kvloom_error *error);
+/* The text so far, UTF-8, with a zero byte behind it; borrowed until the next read. It only grows:
+ * what is new stands behind what has been seen. */
+const char *kvloom_answer_text(const kvloom_answer *answer, size_t *n_bytes);
+
+typedef struct kvloom_usage {
+    uint64_t prompt_tokens, cached_tokens, answer_tokens;
+    int hit_max_tokens; /* the answer was cut */
+    uint64_t reserved[4];
+} kvloom_usage;
+
+/* Errors   KVLOOM_ERR_NOT_FOUND (the answer is not whole yet) */
+kvloom_status kvloom_answer_usage(const kvloom_answer *answer, kvloom_usage *usage);
+/* At any time: a host stops computing for who has gone. NULL does nothing. */
+void kvloom_answer_end(kvloom_answer *answer);
+
+enum { KVLOOM_ACCESS_HIT = 1, KVLOOM_ACCESS_MISS = 2, KVLOOM_ACCESS_PUT = 3 };
+
+typedef struct kvloom_access {
+    uint64_t time_us; /* on the sidecar's clock, which does not go back */
+    kvloom_digest id;
+    uint64_t n_bytes; /* 0: not known */
+    uint32_t what;    /* hit: it was in memory */
+} kvloom_access;
+
+/* What the tenant's clients have asked for of late, the oldest first; for traces. A sidecar keeps
+ * the latest 16,384 from the first call on until a minute after the last.
+ * after     number of the last access that is known, 0: from now on; set to the one given last
+ * accesses  [n_max], n_max: at least 1,024
+ * *n_lost   accesses behind `after` that were asked for too late; may be NULL
+ * tenant    [KVLOOM_TENANT_BYTES], whose they are; may be NULL */
+kvloom_status kvloom_accesses(kvloom_client *client, uint64_t *after, kvloom_access *accesses,
+                              size_t n_max, size_t *n_accesses, uint64_t *n_lost, char *tenant,
+                              kvloom_error *error);
 
 /* "0.1.0"; static text. */
 const char *kvloom_version(void);

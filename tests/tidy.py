@@ -36,6 +36,8 @@ TEXT_ENDINGS = (".c", ".h", ".cu", ".cuh", ".py", ".sh", ".md", ".proto", ".cmak
 SKIPPED_FOLDERS = {".git", "build", "__pycache__", ".cache"}
 # Written in pieces, so that this file does not find itself.
 UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX|HA" + r"CK)\b")
+CARRIES_CODE = re.compile(r"\b(import|from) (pickle|marshal|shelve|dill)\b|\btorch[.]load\(|"
+                          r"(?<![\w.])(eval|exec)\(")
 MACHINE_PATH = re.compile(r"(?<![\w.~}/$-])/(?:wo" + r"rk|ro" + r"ot|ho" + r"me|Us" + r"ers|tmp/w)/")
 
 COMMENT_OR_LITERAL = re.compile(
@@ -292,6 +294,8 @@ def check_texts(root, findings):
                 findings.add(path, number, "an unfinished-work mark: finish it or open an issue")
             if MACHINE_PATH.search(line):
                 findings.add(path, number, "a path of somebody's machine")
+            if path.endswith(".py") and CARRIES_CODE.search(line):
+                findings.add(path, number, "S7: a format that carries code")
 
 
 def main():

@@ -16,6 +16,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -223,6 +224,19 @@ static double time_first_byte(bench *b, kvloom_segment **segment)
     return kvl_bench_seconds_since(start);
 }
 
+/* What memcpy takes where nothing has touched the destination yet, as most destinations are. */
+static double time_memcpy_fresh(const uint8_t *from, size_t n_bytes)
+{
+    const int64_t start = now();
+    uint8_t *fresh =
+        mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (fresh == MAP_FAILED) return -1.0;
+    memcpy(fresh, from, n_bytes);
+    const double seconds = kvl_bench_seconds_since(start);
+    (void)munmap(fresh, n_bytes);
+    return seconds;
+}
+
 static double time_copy(bench *b, uint32_t number)
 {
     const kvloom_key key = key_16m(number);
@@ -242,6 +256,7 @@ static void add(bench *b, const char *name, double value)
 static bool measure_same_machine(bench *b)
 {
     double first[LATENCIES], copy[REPEATS_MAX], memory[REPEATS_MAX], redis[REPEATS_MAX];
+    double fresh[REPEATS_MAX];
     /* In turns over more than the caches hold: what is copied is cold, as it is in use. */
     uint8_t *source = kvl_alloc_aligned(SOURCES * 16 * MIB);
     if (source == NULL) return false;
@@ -259,8 +274,17 @@ static bool measure_same_machine(bench *b)
     for (uint32_t r = 0; r < n && is_done; r++) {
         memory[r] = time_memcpy(b, source + r % SOURCES * 16 * MIB, 16 * MIB);
         copy[r] = time_copy(b, 1 + r % SOURCES);
-        redis[r] = has_redis ? time_redis(b, 16 * MIB) : 1.0;
-        is_done = copy[r] > 0.0 && redis[r] > 0.0;
+        is_done = copy[r] > 0.0;
+    }
+    /* In turns of their own: after an answer, Redis gives its memory back to the system for another
+     * millisecond, and whoever is measured next would pay for that; so it is with fresh memory. */
+    for (uint32_t r = 0; r < n && is_done; r++) {
+        fresh[r] = time_memcpy_fresh(source + r % SOURCES * 16 * MIB, 16 * MIB);
+        is_done = fresh[r] > 0.0;
+    }
+    for (uint32_t r = 0; r < n && is_done && has_redis; r++) {
+        redis[r] = time_redis(b, 16 * MIB);
+        is_done = redis[r] > 0.0;
     }
     kvl_free(source);
     if (!is_done) return false;
@@ -272,6 +296,10 @@ static bool measure_same_machine(bench *b)
     const double memory_p50 = kvl_bench_median(memory, n);
     add(b, "copy_vs_memcpy", memory_p50 / copy_p50);
     kvl_bench_row(b->rows, "memcpy, 16 MiB, cold source", gbs(16 * MIB, memory_p50), "GB/s");
+    const double fresh_p50 = kvl_bench_median(fresh, n);
+    add(b, "copy_vs_memcpy_fresh", fresh_p50 / copy_p50);
+    kvl_bench_row(b->rows, "memcpy, 16 MiB, destination never touched", gbs(16 * MIB, fresh_p50),
+                  "GB/s");
     kvl_bench_row(b->rows, "sidecar, 16 MiB, get that copies", gbs(16 * MIB, copy_p50), "GB/s");
     (void)json_object_set_new(b->figures, "get16m_vs_redis", json_null());
     if (!has_redis) return true;

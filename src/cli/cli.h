@@ -40,6 +40,7 @@ int kvl_command_rm(int argc, char **argv);
 int kvl_command_serve(int argc, char **argv);
 int kvl_command_sidecar(int argc, char **argv);
 int kvl_command_stat(int argc, char **argv);
+int kvl_command_trace(int argc, char **argv);
 int kvl_command_tokenize(int argc, char **argv);
 int kvl_command_top(int argc, char **argv);
 int kvl_command_version(int argc, char **argv);

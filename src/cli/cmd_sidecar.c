@@ -40,6 +40,11 @@ static const struct argp_option options[] = {
      0},
     {"fingerprint", VALUE(FINGERPRINT), "HEX", 0, "The same as its 64 hexadecimal digits", 0},
     {"memory", TENANT(MEMORY), "SIZE", 0, "Most that is kept in memory (1GiB)", 0},
+    {"policy", TENANT(POLICY), "WHICH", 0,
+     "What of a full memory goes first: slru, lru, s3fifo or "
+     "auto, which --trace decides (slru)",
+     0},
+    {"trace", TENANT(TRACE), "FILE", 0, "What `kvloom trace record` has written, for auto", 0},
     {"store", TENANT(STORE), "DIR", 0, "Where segments are kept on disk; without it they are not",
      0},
     {"disk", TENANT(DISK), "SIZE", 0, "Most that is kept on disk (8GiB)", 0},

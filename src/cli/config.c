@@ -5,6 +5,7 @@
 #include "base/file.h"
 #include "base/units.h"
 #include "kvloom.h"
+#include "store/trace.h"
 
 #include <ctype.h>
 #include <errno.h>
@@ -37,6 +38,8 @@ static const char *const tenant_names[] = {
     [KVL_TENANT_DISK] = "disk",
     [KVL_TENANT_DURABLE] = "durable",
     [KVL_TENANT_ENCRYPT] = "encrypt",
+    [KVL_TENANT_POLICY] = "policy",
+    [KVL_TENANT_TRACE] = "trace",
 };
 static const char *const peer_names[] = {
     [KVL_PEER_NAME] = "name",
@@ -299,6 +302,27 @@ static kvl_status take_bool(const char *name, const char *text, bool *value, kvl
     return fail_value(error, name, text, "true or false");
 }
 
+/* auto: what a recorded trace of the tenant speaks for, with this much memory. Without one there is
+ * nothing to choose by, and the default stays. */
+static kvl_status take_policy(char *const *from, kvl_sidecar_tenant *to, kvl_error *error)
+{
+    const char *text = from[KVL_TENANT_POLICY];
+    const char *path = from[KVL_TENANT_TRACE];
+    const bool is_auto = text != NULL && strcmp(text, "auto") == 0;
+    if (!is_auto && path != NULL)
+        return fail_value(error, "policy", text, "auto, where a trace is given");
+    if (text == NULL || kvl_policy_from_name(text, &to->policy)) return KVL_OK;
+    if (!is_auto) return fail_value(error, "policy", text, "auto, lru, slru or s3fifo");
+    if (path == NULL) return KVL_OK;
+    kvl_trace trace;
+    kvl_replay replays[KVL_POLICIES];
+    KVL_TRY(kvl_trace_read(path, to->name, &trace, error));
+    const kvl_status status =
+        kvl_trace_choose(&trace, to->memory_bytes_max, replays, &to->policy, error);
+    kvl_trace_deinit(&trace);
+    return status;
+}
+
 static kvl_status resolve_tenant(kvl_config *config, size_t i, kvl_error *error)
 {
     char **from = config->tenants[i];
@@ -319,6 +343,7 @@ static kvl_status resolve_tenant(kvl_config *config, size_t i, kvl_error *error)
         KVL_TRY(take_bytes("memory", from[KVL_TENANT_MEMORY], &to->memory_bytes_max, error));
     if (from[KVL_TENANT_DISK] != NULL)
         KVL_TRY(take_bytes("disk", from[KVL_TENANT_DISK], &to->disk_bytes_max, error));
+    KVL_TRY(take_policy(from, to, error));
     KVL_TRY(take_bool("durable", from[KVL_TENANT_DURABLE], &to->is_durable, error));
     KVL_TRY(take_bool("encrypt", from[KVL_TENANT_ENCRYPT], &to->seals_disk, error));
     uint32_t mode = 0;

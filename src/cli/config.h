@@ -34,6 +34,8 @@ typedef enum kvl_config_tenant_key {
     KVL_TENANT_DISK,
     KVL_TENANT_DURABLE,
     KVL_TENANT_ENCRYPT,
+    KVL_TENANT_POLICY,
+    KVL_TENANT_TRACE,
     KVL_TENANT_KEYS,
 } kvl_config_tenant_key;
 

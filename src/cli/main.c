@@ -18,6 +18,7 @@ static const kvl_command commands[] = {
     {"pin", "keep segments in a sidecar's memory", kvl_command_pin},
     {"stat", "what a sidecar has done", kvl_command_stat},
     {"top", "the same, every second", kvl_command_top},
+    {"trace", "record what is asked of a sidecar; replay it under each policy", kvl_command_trace},
     {"doctor", "check what a sidecar needs, and say what to do", kvl_command_doctor},
     {"keygen", "make a key pair for connections between machines", kvl_command_keygen},
     {"generate", "answer a prompt", kvl_command_generate},

@@ -3,6 +3,7 @@
 
 #include "base/alloc.h"
 
+#include <stdio.h>
 #include <string.h>
 
 static kvloom_status unexpected(kvloom_error *error)
@@ -187,6 +188,80 @@ kvloom_status kvloom_list(kvloom_client *client, const kvloom_digest *after, kvl
         entries[i].kind = from->kind;
         entries[i].n_bytes = from->n_bytes;
         *n_entries = i + 1;
+    }
+    client_reply_end(reply);
+    return status;
+}
+
+kvloom_status kvloom_list_anchors(kvloom_client *client, const char *template_name, uint32_t slot,
+                                  kvloom_digest *ids, size_t n_max, size_t *n_ids,
+                                  kvloom_error *error)
+{
+    request_message request = KVLOOM__LOCAL__V1__REQUEST__INIT;
+    Kvloom__Local__V1__Anchors anchors = KVLOOM__LOCAL__V1__ANCHORS__INIT;
+    reply_message *reply = NULL;
+    *n_ids = 0;
+    request.body_case = KVLOOM__LOCAL__V1__REQUEST__BODY_ANCHORS;
+    request.anchors = &anchors;
+    anchors.template_name.data = (uint8_t *)(uintptr_t)template_name; /* only read */
+    anchors.template_name.len = strlen(template_name);
+    anchors.slot = slot;
+    kvloom_status status = client_call(client, &request, -1, 0, &reply, NULL, error);
+    if (status < 0) return status;
+    if (reply->body_case != KVLOOM__LOCAL__V1__REPLY__BODY_LISTED) status = unexpected(error);
+    const size_t n = status < 0 ? 0 : reply->listed->n_entries;
+    for (size_t i = 0; i < n && i < n_max && status == KVLOOM_OK; i++) {
+        const Kvloom__Local__V1__Entry *from = reply->listed->entries[i];
+        if (from->id.len != KVLOOM_DIGEST_BYTES) {
+            status = unexpected(error);
+            break;
+        }
+        memcpy(ids[i].bytes, from->id.data, KVLOOM_DIGEST_BYTES);
+        *n_ids = i + 1;
+    }
+    client_reply_end(reply);
+    return status;
+}
+
+/* False: one of them is none of this protocol. */
+static bool take_accesses(const Kvloom__Local__V1__Accessed *from, kvloom_access *accesses)
+{
+    for (size_t i = 0; i < from->n_accesses; i++) {
+        const Kvloom__Local__V1__Access *access = from->accesses[i];
+        if (access->id.len != KVLOOM_DIGEST_BYTES || access->what < KVLOOM_ACCESS_HIT ||
+            access->what > KVLOOM_ACCESS_PUT) {
+            return false;
+        }
+        accesses[i] = (kvloom_access){
+            .time_us = access->time_us, .n_bytes = access->n_bytes, .what = access->what};
+        memcpy(accesses[i].id.bytes, access->id.data, KVLOOM_DIGEST_BYTES);
+    }
+    return true;
+}
+
+kvloom_status kvloom_accesses(kvloom_client *client, uint64_t *after, kvloom_access *accesses,
+                              size_t n_max, size_t *n_accesses, uint64_t *n_lost, char *tenant,
+                              kvloom_error *error)
+{
+    request_message request = KVLOOM__LOCAL__V1__REQUEST__INIT;
+    Kvloom__Local__V1__Accesses body = KVLOOM__LOCAL__V1__ACCESSES__INIT;
+    reply_message *reply = NULL;
+    *n_accesses = 0;
+    if (n_lost != NULL) *n_lost = 0;
+    request.body_case = KVLOOM__LOCAL__V1__REQUEST__BODY_ACCESSES;
+    request.accesses = &body;
+    body.after = *after;
+    kvloom_status status = client_call(client, &request, -1, 0, &reply, NULL, error);
+    if (status < 0) return status;
+    if (reply->body_case != KVLOOM__LOCAL__V1__REPLY__BODY_ACCESSED ||
+        reply->accessed->n_accesses > n_max || !take_accesses(reply->accessed, accesses)) {
+        status = unexpected(error);
+    } else {
+        *n_accesses = reply->accessed->n_accesses;
+        *after = reply->accessed->last;
+        if (n_lost != NULL) *n_lost = reply->accessed->lost;
+        if (tenant != NULL)
+            (void)snprintf(tenant, KVLOOM_TENANT_BYTES, "%s", reply->accessed->tenant);
     }
     client_reply_end(reply);
     return status;

@@ -5,6 +5,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -102,8 +105,23 @@ static kvloom_status check_shape(const kvloom_client *client, kvloom_segment *se
         wanted->rotated_halves);
 }
 
+/* Ids are 256 bits of a keyed hash, so this never happens; but the tokens are here, and comparing
+ * them costs nothing beside reading what they stand for. */
+static kvloom_status check_tokens(const kvloom_segment *segment, const uint32_t *tokens,
+                                  size_t n_tokens, kvloom_error *error)
+{
+    const kvl_container_info *info = kvl_container_info_of(segment->container);
+    if (n_tokens == 0 || (info->n_tokens == n_tokens &&
+                          memcmp(info->tokens, tokens, n_tokens * sizeof *tokens) == 0)) {
+        return KVLOOM_OK;
+    }
+    return client_fail(error, KVLOOM_ERR_DAMAGED,
+                       "the segment is of other tokens than were asked for");
+}
+
 kvloom_status client_segment_make(kvloom_client *client, const Kvloom__Local__V1__Got *got, int fd,
-                                  kvloom_segment **out, kvloom_error *error)
+                                  const uint32_t *tokens, size_t n_tokens, kvloom_segment **out,
+                                  kvloom_error *error)
 {
     *out = NULL;
     kvloom_segment *segment = kvl_alloc_zero(1, sizeof *segment);
@@ -119,6 +137,7 @@ kvloom_status client_segment_make(kvloom_client *client, const Kvloom__Local__V1
         atomic_init(&segment->n_ready, got->n_ready);
         status = open_bytes(segment, got, fd, error);
         if (status == KVLOOM_OK) status = check_shape(client, segment, got, error);
+        if (status == KVLOOM_OK) status = check_tokens(segment, tokens, n_tokens, error);
     }
     if (fd >= 0) (void)close(fd);
     if (status < 0) {
@@ -190,6 +209,16 @@ const kvloom_digest *kvloom_segment_id(const kvloom_segment *segment)
     return &segment->id;
 }
 
+/* A sidecar's anchor begins with 32 bytes that name its slot, for the sidecar itself. */
+const void *kvloom_segment_extra(const kvloom_segment *segment, size_t *n_bytes)
+{
+    const kvl_container_info *info = kvl_container_info_of(segment->container);
+    const bool has_some =
+        info->kind == KVL_CONTAINER_ANCHOR && info->n_extra_bytes > KVL_DIGEST_BYTES;
+    if (n_bytes != NULL) *n_bytes = has_some ? info->n_extra_bytes - KVL_DIGEST_BYTES : 0;
+    return has_some ? (const uint8_t *)info->extra + KVL_DIGEST_BYTES : NULL;
+}
+
 kvloom_place kvloom_segment_place(const kvloom_segment *segment)
 {
     return segment->place;
@@ -237,7 +266,9 @@ static kvloom_status get(kvloom_client *client, Kvloom__Local__V1__Key *key, uin
         status = client_fail(error, KVLOOM_ERR_MALFORMED, "the sidecar answered something else");
     } else {
         if (fd != NULL && got_fd >= 0) *fd = fcntl(got_fd, F_DUPFD_CLOEXEC, 0);
-        status = client_segment_make(client, reply->got, got_fd, segment, error);
+        status = client_segment_make(client, reply->got, got_fd,
+                                     (const uint32_t *)(const void *)key->tokens.data,
+                                     key->tokens.len / sizeof(uint32_t), segment, error);
     }
     client_reply_end(reply);
     return status;
@@ -260,8 +291,79 @@ kvloom_status kvloom_get_id(kvloom_client *client, const kvloom_digest *id, uint
     return get(client, &message, deadline_ms, segment, NULL, error);
 }
 
-/* Reading the file copies without faulting in every page of the map: measured, that is what makes a
- * copy as fast as memcpy between touched buffers. */
+/* A run of bytes of a segment's file that is copied. */
+typedef struct copy_part {
+    int fd;
+    size_t at, n_bytes;
+    uint8_t *out;
+    bool is_done;
+} copy_part;
+
+static bool read_part(const copy_part *part)
+{
+    size_t n_read = 0;
+    while (n_read < part->n_bytes) {
+        const ssize_t n =
+            pread(part->fd, part->out + n_read, part->n_bytes - n_read, (off_t)(part->at + n_read));
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return false;
+        n_read += (size_t)n;
+    }
+    return true;
+}
+
+static void *read_part_in_thread(void *argument)
+{
+    copy_part *part = argument;
+    part->is_done = read_part(part);
+    return NULL;
+}
+
+/* Where pages are small, the system copies page by page, which one core does at a third of what
+ * memory gives: 6 GB/s where memcpy ran at 20; two threads did 11.5. Below COPY_ALONE_BYTES_MAX a
+ * thread costs more than it saves. */
+static const size_t COPY_ALONE_BYTES_MAX = (size_t)4 << 20;
+
+/* Elsewhere than this thread: the sidecar has just answered and often still has the other core; the
+ * system would then put both halves on this one and leave them there while the copy lasts. */
+static void place_elsewhere(pthread_attr_t *attributes)
+{
+    cpu_set_t allowed;
+    const int here = sched_getcpu();
+    if (here < 0 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    CPU_CLR((size_t)here, &allowed);
+    if (CPU_COUNT(&allowed) > 0)
+        (void)pthread_attr_setaffinity_np(attributes, sizeof allowed, &allowed);
+}
+
+static bool read_shared(const copy_part *whole)
+{
+    if (whole->n_bytes <= COPY_ALONE_BYTES_MAX) return read_part(whole);
+    copy_part halves[2] = {*whole, *whole};
+    halves[0].n_bytes = whole->n_bytes / 2 / KVL_ALIGNMENT * KVL_ALIGNMENT;
+    halves[1].at += halves[0].n_bytes;
+    halves[1].out += halves[0].n_bytes;
+    halves[1].n_bytes -= halves[0].n_bytes;
+    /* A program's signals are for its own threads. */
+    sigset_t all, before;
+    pthread_t thread;
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0) return read_part(whole);
+    place_elsewhere(&attributes);
+    (void)sigfillset(&all);
+    (void)pthread_sigmask(SIG_SETMASK, &all, &before);
+    const bool has_thread =
+        pthread_create(&thread, &attributes, read_part_in_thread, &halves[1]) == 0;
+    (void)pthread_attr_destroy(&attributes);
+    (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
+    const bool is_first_done = read_part(&halves[0]);
+    if (!has_thread) return is_first_done && read_part(&halves[1]);
+    (void)pthread_join(thread, NULL);
+    return is_first_done && halves[1].is_done;
+}
+
+/* Reading the file copies without faulting in every page of the map, which costs as much as the
+ * copy (1.2 ms for 16 MiB). */
 static bool read_layer(const kvloom_segment *segment, int fd, const uint8_t *layer, size_t n_bytes,
                        uint8_t *out)
 {
@@ -269,15 +371,11 @@ static bool read_layer(const kvloom_segment *segment, int fd, const uint8_t *lay
         memcpy(out, layer, n_bytes);
         return true;
     }
-    const size_t at = (size_t)(layer - (const uint8_t *)segment->map);
-    size_t n_read = 0;
-    while (n_read < n_bytes) {
-        const ssize_t n = pread(fd, out + n_read, n_bytes - n_read, (off_t)(at + n_read));
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) return false;
-        n_read += (size_t)n;
-    }
-    return true;
+    const copy_part whole = {.fd = fd,
+                             .at = (size_t)(layer - (const uint8_t *)segment->map),
+                             .n_bytes = n_bytes,
+                             .out = out};
+    return read_shared(&whole);
 }
 
 kvloom_status kvloom_get_into(kvloom_client *client, const kvloom_key *key, uint32_t deadline_ms,
@@ -331,9 +429,14 @@ kvloom_status kvloom_get_start(kvloom_client *client, const kvloom_key *key, uin
     kvloom_status status = client_key(key, &message, error);
     if (status < 0) return status;
     kvloom_transfer *transfer = kvl_alloc_zero(1, sizeof *transfer);
-    if (transfer == NULL) {
+    uint32_t *tokens = transfer == NULL ? NULL : kvl_alloc(key->n_tokens * sizeof *tokens);
+    if (tokens == NULL) {
+        kvl_free(transfer);
         return client_fail(error, KVLOOM_ERR_NO_MEMORY, "no memory for a transfer");
     }
+    memcpy(tokens, key->tokens, key->n_tokens * sizeof *tokens);
+    transfer->tokens = tokens;
+    transfer->n_tokens = key->n_tokens;
     request.body_case = KVLOOM__LOCAL__V1__REQUEST__BODY_GET;
     request.get = &body;
     body.key = &message;
@@ -341,6 +444,7 @@ kvloom_status kvloom_get_start(kvloom_client *client, const kvloom_key *key, uin
     body.by_layer = 1;
     status = client_send(client, &request, -1, error);
     if (status < 0) {
+        kvl_free(tokens);
         kvl_free(transfer);
         return status;
     }
@@ -375,7 +479,8 @@ void client_transfer_take(kvloom_client *client, kvloom_transfer *transfer,
                              "the sidecar answered something else");
     } else if (transfer->segment == NULL) {
         const kvloom_status made =
-            client_segment_make(client, reply->got, fd, &transfer->segment, &transfer->error);
+            client_segment_make(client, reply->got, fd, transfer->tokens, transfer->n_tokens,
+                                &transfer->segment, &transfer->error);
         fd = -1;
         if (made < 0) status = made;
     } else {
@@ -427,5 +532,6 @@ void kvloom_transfer_end(kvloom_transfer *transfer)
     if (transfer == NULL) return;
     settle(transfer);
     kvloom_segment_release(transfer->segment);
+    kvl_free(transfer->tokens);
     kvl_free(transfer);
 }

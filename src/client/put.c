@@ -49,6 +49,7 @@ static kvloom_status make_staging(kvloom_client *client, size_t n_bytes, kvloom_
         return client_fail(error, KVLOOM_ERR_NO_MEMORY, "no memory to put %zu bytes: %s", n_bytes,
                            strerror(reason));
     }
+    kvl_advise_huge(made, n_bytes);
     client->staging = made;
     client->staging_fd = fd;
     client->staging_bytes = n_bytes;
@@ -103,12 +104,22 @@ void kvloom_put_cancel(kvloom_client *client)
     client->put_is_open = false;
 }
 
+static void fill_shape(const kvloom_client *client, Kvloom__Local__V1__Shape *shape)
+{
+    kvloom__local__v1__shape__init(shape);
+    shape->dtype = (uint32_t)client->shape.dtype;
+    shape->n_layers = client->shape.n_layers;
+    shape->n_kv_heads = client->shape.n_kv_heads;
+    shape->head_dim = client->shape.head_dim;
+    shape->pairs = client->shape.rotated_halves;
+}
+
 static kvloom_status send_put(kvloom_client *client, unsigned flags, kvloom_error *error)
 {
     request_message request = KVLOOM__LOCAL__V1__REQUEST__INIT;
     Kvloom__Local__V1__Put put = KVLOOM__LOCAL__V1__PUT__INIT;
     Kvloom__Local__V1__Key key;
-    Kvloom__Local__V1__Shape shape = KVLOOM__LOCAL__V1__SHAPE__INIT;
+    Kvloom__Local__V1__Shape shape;
     const kvloom_key named = {.tokens = client->put_ids,
                               .n_tokens = client->put_n_tokens,
                               .home = client->put_ids + client->put_n_tokens,
@@ -122,11 +133,7 @@ static kvloom_status send_put(kvloom_client *client, unsigned flags, kvloom_erro
     put.home_is_canonical = (flags & KVLOOM_CANONICAL_HOME) != 0;
     put.write_back = (flags & KVLOOM_WRITE_BACK) != 0;
     put.deadline_ms = KVLOOM_CALL_MS_MAX;
-    shape.dtype = (uint32_t)client->shape.dtype;
-    shape.n_layers = client->shape.n_layers;
-    shape.n_kv_heads = client->shape.n_kv_heads;
-    shape.head_dim = client->shape.head_dim;
-    shape.pairs = client->shape.rotated_halves;
+    fill_shape(client, &shape);
     reply_message *reply = NULL;
     status =
         client_call(client, &request, client->staging_fd, KVLOOM_CALL_MS_MAX, &reply, NULL, error);
@@ -154,4 +161,69 @@ kvloom_status kvloom_put(kvloom_client *client, const kvloom_key *key, const voi
         memcpy(kvloom_put_layer(client, l), layers[l], client->put_layer_bytes);
     }
     return kvloom_put_end(client, flags, error);
+}
+
+/* ---- anchors ---- */
+
+static kvloom_status check_anchor(const kvloom_client *client, const kvloom_anchor_key *key,
+                                  size_t n_layer_bytes, size_t *n_bytes, kvloom_error *error)
+{
+    if (client->put_is_open) {
+        return client_fail(error, KVLOOM_ERR_BUSY, "a put is open already: end or cancel it");
+    }
+    if (n_layer_bytes > 0 && client->shape.n_layers > 0 &&
+        kvl_size_mul(n_layer_bytes, client->shape.n_layers, n_bytes) &&
+        *n_bytes <= KVL_CONTAINER_BYTES_MAX && key->template_name != NULL) {
+        return KVLOOM_OK;
+    }
+    return client_fail(
+        error, KVLOOM_ERR_OUT_OF_RANGE,
+        "an anchor of %u layers of %zu bytes: outside limits, or the options of this "
+        "client have no shape, or the key no template",
+        client->shape.n_layers, n_layer_bytes);
+}
+
+kvloom_status kvloom_put_anchor(kvloom_client *client, const kvloom_anchor_key *key,
+                                const void *const *layers, size_t n_layer_bytes, const void *extra,
+                                size_t n_extra, unsigned flags, kvloom_digest *id,
+                                kvloom_error *error)
+{
+    request_message request = KVLOOM__LOCAL__V1__REQUEST__INIT;
+    Kvloom__Local__V1__Put put = KVLOOM__LOCAL__V1__PUT__INIT;
+    Kvloom__Local__V1__Anchor anchor = KVLOOM__LOCAL__V1__ANCHOR__INIT;
+    Kvloom__Local__V1__Key tokens;
+    Kvloom__Local__V1__Shape shape;
+    const kvloom_key named = {.tokens = key->tokens, .n_tokens = key->n_tokens};
+    size_t n_bytes = 0;
+    kvloom_status status = client_key(&named, &tokens, error);
+    if (status == KVLOOM_OK) status = check_anchor(client, key, n_layer_bytes, &n_bytes, error);
+    if (status == KVLOOM_OK) status = make_staging(client, n_bytes, error);
+    if (status < 0) return status;
+    for (uint32_t l = 0; l < client->shape.n_layers; l++)
+        memcpy(client->staging + l * n_layer_bytes, layers[l], n_layer_bytes);
+    fill_shape(client, &shape);
+    request.body_case = KVLOOM__LOCAL__V1__REQUEST__BODY_PUT;
+    request.put = &put;
+    put.key = &tokens;
+    put.shape = &shape;
+    put.anchor = &anchor;
+    put.write_back = (flags & KVLOOM_WRITE_BACK) != 0;
+    put.deadline_ms = KVLOOM_CALL_MS_MAX;
+    anchor.template_name.data = (uint8_t *)(uintptr_t)key->template_name; /* only read */
+    anchor.template_name.len = strlen(key->template_name);
+    anchor.slot = key->slot;
+    anchor.block_bytes = n_layer_bytes;
+    anchor.extra.data = (uint8_t *)(uintptr_t)extra;
+    anchor.extra.len = extra == NULL ? 0 : n_extra;
+    reply_message *reply = NULL;
+    status =
+        client_call(client, &request, client->staging_fd, KVLOOM_CALL_MS_MAX, &reply, NULL, error);
+    if (status == KVLOOM_OK && id != NULL &&
+        reply->body_case == KVLOOM__LOCAL__V1__REPLY__BODY_STORED &&
+        reply->stored->id.len == sizeof id->bytes) {
+        memcpy(id->bytes, reply->stored->id.data, sizeof id->bytes);
+    }
+    client_reply_end(reply);
+    if (KVLOOM_IS_RETRY(status) && status != KVLOOM_ERR_BUSY) drop_staging(client);
+    return status;
 }

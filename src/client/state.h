@@ -42,6 +42,8 @@ struct kvloom_transfer {
     uint64_t number;
     kvloom_status status;
     kvloom_segment *segment;
+    uint32_t *tokens; /* [n_tokens] that were asked for; owned */
+    size_t n_tokens;
     kvloom_error error;
 };
 
@@ -95,9 +97,11 @@ void client_shared_release(shared_link *shared);
 
 /* ---- get.c ---- */
 
-/* Makes a segment of a reply; takes fd. */
+/* Makes a segment of a reply; takes fd. tokens [n_tokens]: those that it must be of; n_tokens 0: it
+ * was asked for by its id. */
 kvloom_status client_segment_make(kvloom_client *client, const Kvloom__Local__V1__Got *got, int fd,
-                                  kvloom_segment **segment, kvloom_error *error);
+                                  const uint32_t *tokens, size_t n_tokens, kvloom_segment **segment,
+                                  kvloom_error *error);
 /* A reply to a transfer; takes fd. */
 void client_transfer_take(kvloom_client *client, kvloom_transfer *transfer,
                           const reply_message *reply, int fd);

@@ -20,6 +20,8 @@
 /* Taken before commands, pings and the others get their turn. */
 enum { MESSAGES_PER_TURN = 16 };
 
+enum { TOLD_BYTES = 256 << 10 };
+
 /* A quarter of the smallest second-level cache in use: read, then hashed there. */
 static const size_t BULK_STEP_BYTES = (size_t)128 << 10;
 
@@ -68,6 +70,16 @@ static void give_buffer(kvl_bulk_channel *c, bulk_buffer *b)
     if (was_short) bulk_wake(c->receiver_wake_fd);
 }
 
+/* The exchange's thread hears of what has arrived when there is enough of it to be worth a switch
+ * of threads, or when this one is about to wait: a wake for each small block took more time than
+ * opening the block. */
+static void tell(kvl_bulk_channel *c)
+{
+    if (c->n_untold_bytes == 0) return;
+    c->n_untold_bytes = 0;
+    bulk_wake(c->wake_fd);
+}
+
 static void deliver(kvl_bulk_channel *c, inlet *in)
 {
     bulk_buffer *b = in->buffer;
@@ -76,15 +88,15 @@ static void deliver(kvl_bulk_channel *c, inlet *in)
     b->link = in->link;
     b->serial = in->serial;
     (void)pthread_mutex_lock(&c->lock);
-    const bool was_empty = c->arrived_last == NULL;
-    if (was_empty) {
+    if (c->arrived_last == NULL) {
         c->arrived_first = b;
     } else {
         c->arrived_last->next = b;
     }
     c->arrived_last = b;
     (void)pthread_mutex_unlock(&c->lock);
-    if (was_empty) bulk_wake(c->wake_fd);
+    c->n_untold_bytes += b->n_control + b->n_payload;
+    if (c->n_untold_bytes >= TOLD_BYTES) tell(c);
 }
 
 /* ---- records ---- */
@@ -357,6 +369,30 @@ static void connect_inlet(kvl_bulk_channel *c, inlet *in)
     (void)pthread_mutex_unlock(&c->lock);
 }
 
+/* How many bytes there must be before going on is worth the while: the rest of a record, for a part
+ * of one cannot be opened, or of a step. */
+static size_t bytes_awaited(const inlet *in)
+{
+    const size_t n = in->in_past - in->in_first;
+    if (in->is_sealed) {
+        const size_t n_record = n < 4 ? 0 : 4 + get_u32(in->in + in->in_first);
+        return n_record > n ? n_record - n : 1;
+    }
+    if (in->buffer == NULL || in->buffer->n_control == 0) return 1;
+    const size_t rest = in->buffer->n_payload - in->payload_at;
+    return rest < 1 ? 1 : rest < BULK_STEP_BYTES ? rest : BULK_STEP_BYTES;
+}
+
+/* TCP brings a record in two or three parts, and each would wake this thread. UNIX sockets know no
+ * such mark and are as before. */
+static void set_low_water(inlet *in)
+{
+    const int wanted = (int)bytes_awaited(in);
+    if (wanted == in->low_water) return;
+    in->low_water = wanted;
+    (void)setsockopt(in->fd, SOL_SOCKET, SO_RCVLOWAT, &wanted, sizeof wanted);
+}
+
 enum { RECEIVER_ITEMS_MAX = 1 + KVL_PEERS_MAX };
 
 static size_t collect(kvl_bulk_channel *c, struct pollfd *items, inlet **who, inlet **fresh)
@@ -371,6 +407,7 @@ static size_t collect(kvl_bulk_channel *c, struct pollfd *items, inlet **who, in
         if (in->state != BULK_READY) continue;
         who[n] = in;
         const bool can_read = has_buffer || in->buffer != NULL;
+        set_low_water(in);
         items[n++] = (struct pollfd){.fd = can_read ? in->fd : -1, .events = POLLIN};
     }
     (void)pthread_mutex_unlock(&c->lock);
@@ -396,6 +433,7 @@ void *bulk_receive_all(void *channel)
             /* What was read before buffers ran out makes no socket readable. */
             if (items[i].revents == 0 && !who[i]->is_starved) continue;
             const step got = read_messages(c, who[i]);
+            tell(c);
             if (got == STEP_BROKEN || got == STEP_CLOSED)
                 break_inlet(c, who[i], got == STEP_BROKEN);
         }

@@ -14,7 +14,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-enum { BACKLOG = 64 };
+enum { BACKLOG = 64, QUEUE_BYTES = 1 << 20 };
 
 void bulk_wake(int fd)
 {
@@ -33,12 +33,20 @@ bool bulk_is_tcp(const char *endpoint)
     return endpoint != NULL && strncmp(endpoint, "tcp://", 6) == 0;
 }
 
-/* Messages go out when they are whole; waiting for more would only cost time. Fails on ipc, where
- * there is nothing to tune. */
+/* TCP: messages go out when they are whole; waiting for more would only cost time. Its queues grow
+ * with the way as the system sees it. A UNIX socket's own queue holds one record or two, and then
+ * sender and receiver wake one another for each: with 1 MiB, 64 MiB went at 5 GB/s instead of 2.8;
+ * with 4 MiB at 3.6, for what waits has left the cache by then. */
 void bulk_tune(int fd)
 {
-    const int on = 1;
-    (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    int domain = 0;
+    socklen_t n = sizeof domain;
+    const int on = 1, n_queue_bytes = QUEUE_BYTES;
+    if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &n) == 0 && domain == AF_UNIX) {
+        (void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &n_queue_bytes, sizeof n_queue_bytes);
+    } else {
+        (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    }
 }
 
 /* "tcp://HOST:PORT" to HOST, without the brackets of IPv6; "*" and an empty one stand for all. */

@@ -84,6 +84,7 @@ typedef struct inlet {
     bulk_buffer *buffer; /* of the message that is arriving; NULL: none has begun */
     bool is_starved;     /* there was no buffer */
     size_t payload_at;
+    int low_water; /* bytes that make the socket readable; 0: the system's one */
 } inlet;
 
 struct kvl_bulk_channel {
@@ -108,7 +109,8 @@ struct kvl_bulk_channel {
     bulk_buffer *arrived_first, *arrived_last, *spare;
     uint32_t n_buffers;
     kvl_landings landings;
-    kvl_wire_decoder decoder; /* of the receiving thread */
+    kvl_wire_decoder decoder; /* of the receiving thread, as the next one */
+    size_t n_untold_bytes;    /* arrived since the exchange's thread was woken */
 };
 
 /* ---- bulk_socket.c ---- */

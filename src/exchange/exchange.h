@@ -125,9 +125,10 @@ void kvl_exchange_reply(kvl_exchange *exchange, uint64_t task, kvl_status status
 typedef struct kvl_exchange_stats {
     uint64_t containers_fetched, bytes_fetched, containers_served, bytes_served;
     uint64_t fetches_failed, blocks_damaged, peers_refused, peers_lost;
-    uint64_t messages_refused; /* malformed, unexpected, without a right, or out of order */
-    uint64_t keys_refused;     /* not on the allow-list */
-    uint64_t bulk_refused;     /* records that did not open, connections without a token */
+    uint64_t messages_refused;   /* malformed, unexpected, without a right, or out of order */
+    uint64_t keys_refused;       /* not on the allow-list */
+    uint64_t bulk_refused;       /* records that did not open, connections without a token */
+    uint64_t hedges, hedges_won; /* second holders that were asked, and those that were faster */
 } kvl_exchange_stats;
 void kvl_exchange_stats_of(kvl_exchange *exchange, kvl_exchange_stats *stats);
 

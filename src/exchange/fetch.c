@@ -22,6 +22,7 @@ void kvl_fetch_leave(kvl_protocol *p, kvl_op *op)
 {
     if (op->state != KVL_FETCH_STREAMING) return;
     op->state = KVL_FETCH_SEARCHING;
+    kvl_hedge_drop(p, op);
     if (p->output.leave != NULL) p->output.leave(p->output.context, op->peer, op->stream_request);
     kvl_peer *peer = &p->peers[op->peer];
     KVL_ASSERT(peer->n_streams > 0);
@@ -30,6 +31,18 @@ void kvl_fetch_leave(kvl_protocol *p, kvl_op *op)
     if (!complete && peer->state == KVL_PEER_UP) {
         kvl_send_plain(p, op->peer, KVL_MESSAGE_CANCEL, op->stream_request);
     }
+}
+
+static void send_fetch(kvl_protocol *p, const kvl_op *op, uint32_t peer, uint64_t request)
+{
+    p->peers[peer].n_streams++;
+    kvl_message message = kvl_message_of(KVL_MESSAGE_FETCH, request);
+    message.fetch.id = op->id;
+    message.fetch.block_first = op->container == NULL ? 0 : op->block;
+    message.fetch.block_past = 0;
+    message.fetch.header_checksum = op->container == NULL ? 0 : op->header_checksum;
+    message.fetch.credit_bytes = KVL_STREAM_WINDOW_BYTES;
+    (void)kvl_send(p, peer, &message, NULL, 0, KVL_NO_OWNER);
 }
 
 static void start_stream(kvl_protocol *p, kvl_op *op, uint32_t peer, int64_t now_ns)
@@ -41,15 +54,8 @@ static void start_stream(kvl_protocol *p, kvl_op *op, uint32_t peer, int64_t now
     op->offset = 0; /* a block that was cut off is asked for as a whole */
     op->charged = 0;
     op->granted = KVL_STREAM_WINDOW_BYTES;
-    op->moved_ns = now_ns;
-    p->peers[peer].n_streams++;
-    kvl_message message = kvl_message_of(KVL_MESSAGE_FETCH, op->stream_request);
-    message.fetch.id = op->id;
-    message.fetch.block_first = op->container == NULL ? 0 : op->block;
-    message.fetch.block_past = 0;
-    message.fetch.header_checksum = op->container == NULL ? 0 : op->header_checksum;
-    message.fetch.credit_bytes = op->granted;
-    (void)kvl_send(p, peer, &message, NULL, 0, KVL_NO_OWNER);
+    op->begun_ns = op->moved_ns = now_ns;
+    send_fetch(p, op, peer, op->stream_request);
 }
 
 /* Of some holders the one that sends us least; KVL_PEERS_MAX when all have enough to do. Ties are
@@ -94,6 +100,16 @@ static void give_up(kvl_protocol *p, kvl_op *op)
     }
 }
 
+/* Where only one peer can have it, asking whether it does costs a round trip and spares nothing:
+ * it says so to a Fetch as well. Not while it has enough to send, for a miss would wait with the
+ * hits. */
+static bool is_only_place(const kvl_protocol *p, const kvl_op *op, uint64_t unasked, int64_t now_ns)
+{
+    const bool is_one = (unasked & (unasked - 1)) == 0;
+    return is_one && op->asked == 0 && !kvl_peers_are_expected(p, now_ns) &&
+           choose(p, op, unasked) != KVL_PEERS_MAX;
+}
+
 /* Decides what a fetch without a stream does next. May end it. */
 static void advance(kvl_protocol *p, kvl_op *op, int64_t now_ns)
 {
@@ -102,7 +118,14 @@ static void advance(kvl_protocol *p, kvl_op *op, int64_t now_ns)
     const uint64_t trusted = op->holders & up & ~op->damaged_by;
     const uint64_t unasked = up & ~op->asked & ~op->holders;
     uint64_t candidates = trusted;
-    if (candidates == 0 && unasked != 0) ask_who_has_it(p, op, unasked, now_ns);
+    if (candidates == 0 && unasked != 0) {
+        if (is_only_place(p, op, unasked, now_ns)) {
+            op->holders |= unasked;
+            candidates = unasked;
+        } else {
+            ask_who_has_it(p, op, unasked, now_ns);
+        }
+    }
     const bool waiting =
         (op->asked & up & ~op->answered & ~op->holders) != 0 || kvl_peers_are_expected(p, now_ns);
     /* Who sent damage once is asked again only when nobody else is left. */
@@ -172,6 +195,7 @@ void kvl_fetch_peer_lost(kvl_protocol *p, kvl_op *op, uint32_t peer, int64_t now
     const bool sending = op->state == KVL_FETCH_STREAMING && op->peer == peer;
     const bool concerned = sending || ((op->asked | op->holders) & kvl_bit(peer)) != 0;
     if (!concerned) return;
+    if (op->has_hedge && op->hedge_peer == peer) kvl_hedge_drop(p, op);
     kvl_op_blame(p, op, peer, KVL_ERR_UNREACHABLE, "gone while it was asked");
     if (sending) kvl_fetch_leave(p, op);
     advance(p, op, now_ns);
@@ -280,7 +304,9 @@ static void note_progress(kvl_op *op, int64_t now_ns)
 void kvl_fetch_header(kvl_protocol *p, uint32_t peer, const kvl_message *message,
                       const kvl_frame *frames, size_t n_frames, int64_t now_ns)
 {
-    kvl_op *op = find_stream(p, peer, message);
+    kvl_op *op = kvl_op_find(p, message->request);
+    if (kvl_hedge_is(op, peer, message->request)) kvl_hedge_win(p, op, now_ns);
+    op = find_stream(p, peer, message);
     if (op == NULL || op->header_seen) return;
     if (!kvl_digest_equal(&message->fetch_header.id, &op->id)) {
         refuse_holder(p, op, "FETCH_HEADER.id is not what was asked for", now_ns);
@@ -311,6 +337,8 @@ void kvl_fetch_header(kvl_protocol *p, uint32_t peer, const kvl_message *message
         }
     }
     op->header_seen = op->trusts_landing = true;
+    kvl_hedge_drop(p, op);
+    kvl_hedge_sample(&p->peers[op->peer], now_ns - op->begun_ns);
     if (p->output.land != NULL) {
         p->output.land(p->output.context, op->peer, op->stream_request, op->container, op->block);
     }
@@ -434,6 +462,16 @@ void kvl_fetch_done(kvl_protocol *p, uint32_t peer, const kvl_message *message, 
     if (op != NULL) take_gap(p, op, now_ns);
 }
 
+/* An announcement that is out of date is no failure: the search goes on as if it had not been
+ * there. */
+static void note_not_there(kvl_protocol *p, kvl_op *op, uint32_t peer)
+{
+    kvl_peer_directory_remove(p->directory, &op->id, peer);
+    op->holders &= ~kvl_bit(peer);
+    op->asked |= kvl_bit(peer);
+    op->answered |= kvl_bit(peer);
+}
+
 void kvl_fetch_error(kvl_protocol *p, kvl_op *op, uint32_t peer, const kvl_message *message,
                      int64_t now_ns)
 {
@@ -442,16 +480,16 @@ void kvl_fetch_error(kvl_protocol *p, kvl_op *op, uint32_t peer, const kvl_messa
         advance(p, op, now_ns);
         return;
     }
+    if (kvl_hedge_is(op, peer, message->request)) {
+        kvl_hedge_drop(p, op);
+        if (message->reply.status == KVL_ERR_NOT_FOUND) note_not_there(p, op, peer);
+        return;
+    }
     if (find_stream(p, peer, message) != op) return;
     if (message->reply.status == KVL_ERR_BUSY) return; /* the timer asks again */
     if (message->reply.status == KVL_ERR_NOT_FOUND) {
-        /* An announcement that is out of date is no failure: the search goes on as if it had not
-         * been there. */
-        kvl_peer_directory_remove(p->directory, &op->id, peer);
         kvl_fetch_leave(p, op);
-        op->holders &= ~kvl_bit(peer);
-        op->asked |= kvl_bit(peer);
-        op->answered |= kvl_bit(peer);
+        note_not_there(p, op, peer);
         advance(p, op, now_ns);
         kvl_fetch_kick(p, now_ns);
         return;
@@ -476,6 +514,30 @@ static void tick_search(kvl_protocol *p, kvl_op *op, int64_t now_ns)
     advance(p, op, now_ns);
 }
 
+/* The holder takes longer to begin than it usually does: another one is asked too, or those who
+ * have not been asked yet whether they have it. */
+static void tick_hedge(kvl_protocol *p, kvl_op *op, int64_t now_ns)
+{
+    if (op->header_seen || op->has_hedge || op->n_hedges >= KVL_HEDGES_MAX) return;
+    if (now_ns - op->begun_ns < kvl_hedge_patience(&p->peers[op->peer])) return;
+    const uint64_t others = kvl_peers_up(p, true) & ~op->failed & ~kvl_bit(op->peer);
+    const uint64_t holders = op->holders & others & ~op->damaged_by;
+    const uint64_t unasked = others & ~op->asked & ~op->holders;
+    if (holders == 0) {
+        if (unasked != 0) ask_who_has_it(p, op, unasked, now_ns);
+        return;
+    }
+    const uint32_t peer = choose(p, op, holders);
+    if (peer == KVL_PEERS_MAX) return;
+    op->has_hedge = true;
+    op->hedge_peer = peer;
+    op->hedge_request = kvl_op_number(p, op);
+    op->hedge_begun_ns = now_ns;
+    op->n_hedges++;
+    p->stats.hedges++;
+    send_fetch(p, op, peer, op->hedge_request);
+}
+
 void kvl_fetch_tick(kvl_protocol *p, kvl_op *op, int64_t now_ns)
 {
     if (now_ns >= op->deadline_ns) {
@@ -485,7 +547,9 @@ void kvl_fetch_tick(kvl_protocol *p, kvl_op *op, int64_t now_ns)
     }
     if (op->state == KVL_FETCH_SEARCHING) {
         tick_search(p, op, now_ns);
-    } else if (op->state == KVL_FETCH_STREAMING && now_ns - op->moved_ns >= p->timeout_ns / 4) {
+    } else if (op->state == KVL_FETCH_STREAMING && now_ns - op->moved_ns < p->timeout_ns / 4) {
+        tick_hedge(p, op, now_ns);
+    } else if (op->state == KVL_FETCH_STREAMING) {
         if (++op->n_retries >= RETRIES_MAX) {
             fail_holder(p, op, KVL_ERR_TIMEOUT, "blocks stopped coming", now_ns);
         } else {

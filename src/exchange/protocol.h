@@ -36,6 +36,12 @@
 /* Blocks under way: a fetch has KVL_STREAM_WINDOW_BYTES of credit, a peer two fetches at once. */
 #define KVL_STREAMS_PER_PEER 2u
 #define KVL_STREAM_WINDOW_BYTES ((uint64_t)4 << 20)
+/* Hedging: of a holder's latest times to begin, how many there must be and are kept; no other
+ * holder is asked before the least time; and at most so many in one fetch. */
+#define KVL_HEDGE_SAMPLES 32u
+#define KVL_HEDGE_SAMPLES_MIN 8u
+#define KVL_HEDGE_NS_MIN (20 * KVL_NS_PER_MS)
+#define KVL_HEDGES_MAX 2u
 /* What a server keeps for one who dialled it; the oldest idle one is dropped for a new one. */
 #define KVL_STREAMS_PER_LINK 4u
 #define KVL_PIECE_BYTES ((size_t)1 << 20)

@@ -25,6 +25,9 @@ typedef struct kvl_peer {
     int64_t hello_ns, heard_ns, pinged_ns;
     uint64_t task_bytes_max;
     uint32_t n_streams; /* fetches of ours that it is sending now */
+    /* ring of the latest times from Fetch to FetchHeader */
+    int64_t header_ns[KVL_HEDGE_SAMPLES];
+    uint32_t n_headers; /* ever */
     kvl_error refusal;
 } kvl_peer;
 
@@ -111,7 +114,13 @@ typedef struct kvl_op {
     uint64_t stream_request;
     bool header_seen, moved; /* in this stream */
     bool trusts_landing;     /* same */
-    uint32_t n_retries;      /* since the last progress */
+    int64_t begun_ns;        /* when this stream was asked for */
+    /* a second holder that has been asked as well; not while a header is here */
+    bool has_hedge;
+    uint32_t hedge_peer, n_hedges;
+    uint64_t hedge_request;
+    int64_t hedge_begun_ns;
+    uint32_t n_retries; /* since the last progress */
     int64_t moved_ns;
     uint64_t charged, granted;
     kvl_container *container;
@@ -244,6 +253,20 @@ void kvl_fetch_tick(kvl_protocol *p, kvl_op *op, int64_t now_ns);
 void kvl_fetch_leave(kvl_protocol *p, kvl_op *op);
 /* Starts fetches that wait for a place. */
 void kvl_fetch_kick(kvl_protocol *p, int64_t now_ns);
+
+/* ---- hedge.c ---- */
+
+/* A holder took this long to begin, or has not begun for so long. */
+void kvl_hedge_sample(kvl_peer *peer, int64_t elapsed_ns);
+/* How long a holder may take to begin before another is asked too: what it takes in 19 of 20 cases;
+ * INT64_MAX where too little is known of it. */
+int64_t kvl_hedge_patience(const kvl_peer *peer);
+/* The second holder is not needed, or not there any more. Without one nothing happens. */
+void kvl_hedge_drop(kvl_protocol *p, kvl_op *op);
+/* It was faster: its stream is the op's from now on, and the first holder is told to stop. */
+void kvl_hedge_win(kvl_protocol *p, kvl_op *op, int64_t now_ns);
+/* Whether a message belongs to the second holder's stream. */
+bool kvl_hedge_is(const kvl_op *op, uint32_t peer, uint64_t request);
 
 /* ---- ask.c ---- */
 

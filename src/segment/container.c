@@ -102,8 +102,11 @@ static kvl_status create(const kvl_container_info *info, kvl_container *made, kv
     KVL_TRY(add_bytes(made, error));
     KVL_TRY(add_progress(made, FILLING, error));
     kvl_header_write(info, &made->layout, made->own);
-    memset(made->own + made->layout.blocks_at, 0,
-           (size_t)(made->layout.n_bytes - made->layout.blocks_at));
+    /* Zeroing pages that the system has just zeroed would touch 16 MiB twice. */
+    if (!made->memory.is_zeroed) {
+        memset(made->own + made->layout.blocks_at, 0,
+               (size_t)(made->layout.n_bytes - made->layout.blocks_at));
+    }
     /* Reading our own header back gives the copies of tokens and extra, and shows that a reader
      * will take what was written. */
     kvl_container_layout read;

@@ -12,13 +12,11 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
-#include <sys/mman.h>
 
 enum { SPARES_MAX = 4 };
 
 static const size_t SPARE_BYTES_MIN = (size_t)1 << 20;
 static const size_t SPARE_BYTES_MAX = (size_t)256 << 20;
-static const size_t HUGE_PAGE_BYTES = (size_t)2 << 20;
 
 /* Containers from this size on are made in shared memory; SIZE_MAX: none. */
 static _Atomic size_t shared_bytes_min = SIZE_MAX;
@@ -53,30 +51,21 @@ static bool find_fit(size_t size, bool shared, kvl_spare *memory)
     return true;
 }
 
-/* Only whole huge pages inside the buffer; a refusal changes nothing but speed. */
-static void ask_for_huge_pages(void *bytes, size_t size)
-{
-    const uintptr_t start = (uintptr_t)bytes;
-    const uintptr_t first = (start + HUGE_PAGE_BYTES - 1) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
-    const uintptr_t past = (start + size) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
-    if (past > first) (void)madvise((void *)first, past - first, MADV_HUGEPAGE);
-}
-
 static bool make(size_t size, bool shared, kvl_spare *memory)
 {
     if (shared) {
         kvl_shared_memory made;
         if (kvl_alloc_shared(size, &made)) {
-            *memory = (kvl_spare){made.bytes, made.n_bytes, made.fd};
+            *memory = (kvl_spare){made.bytes, made.n_bytes, made.fd, true};
         } else {
             /* Without a descriptor the container is as good as any, it only cannot be lent. */
-            *memory = (kvl_spare){kvl_alloc_aligned(size), size, -1};
+            *memory = (kvl_spare){kvl_alloc_aligned(size), size, -1, false};
         }
     } else {
-        *memory = (kvl_spare){kvl_alloc_aligned(size), size, -1};
+        *memory = (kvl_spare){kvl_alloc_aligned(size), size, -1, false};
     }
     if (memory->bytes == NULL) return false;
-    if (size >= HUGE_PAGE_BYTES) ask_for_huge_pages(memory->bytes, size);
+    kvl_advise_huge(memory->bytes, size);
     return true;
 }
 
@@ -106,6 +95,7 @@ bool kvl_spare_take(size_t size, kvl_spare *memory)
 void kvl_spare_give(kvl_spare memory, bool may_be_used_again)
 {
     if (memory.bytes == NULL) return;
+    memory.is_zeroed = false;
     if (!may_be_used_again || memory.capacity < SPARE_BYTES_MIN ||
         memory.capacity > SPARE_BYTES_MAX) {
         end(memory);

@@ -9,7 +9,8 @@
 typedef struct kvl_spare {
     void *bytes; /* aligned to KVL_ALIGNMENT, with whatever content */
     size_t capacity;
-    int fd; /* of shared memory, as kvl_alloc_shared makes it; -1: of the heap */
+    int fd;         /* of shared memory, as kvl_alloc_shared makes it; -1: of the heap */
+    bool is_zeroed; /* never used before, and so zero all over */
 } kvl_spare;
 
 /* False when there is no memory. `size` > 0. Shared memory where the process wants it for this size

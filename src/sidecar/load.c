@@ -34,11 +34,13 @@ static client *end_wait(kvl_sidecar *s, const waiter *w)
     return c;
 }
 
-static void fail_waiter(kvl_sidecar *s, waiter *w, kvl_status status, const char *text)
+static void fail_waiter(kvl_sidecar *s, const load *l, waiter *w, kvl_status status,
+                        const char *text)
 {
     client *c = end_wait(s, w);
     if (c != NULL) {
         if (status < 0 && kvl_status_class_of(status) == KVL_CLASS_MISS) c->tenant->misses++;
+        if (status < 0) sidecar_access_note(s, l->tenant, &l->id, 0, KVL_ACCESS_MISS);
         /* What was sent of it is of no use; the client drops it too. */
         if (w->lease != 0) kvl_ignore(sidecar_lease_release(s, c, w->lease));
         sidecar_send_status(s, c, w->number, status, "%s", text);
@@ -52,7 +54,7 @@ static void fail(kvl_sidecar *s, load *l, kvl_status status, const char *text)
     while (l->waiters != NULL) {
         waiter *w = l->waiters;
         l->waiters = w->next;
-        fail_waiter(s, w, status, text);
+        fail_waiter(s, l, w, status, text);
     }
     kvl_container_release(l->partial);
     kvl_free(l);
@@ -172,7 +174,7 @@ static void drop_readers_of_partial(kvl_sidecar *s, load *l)
             continue;
         }
         *link = w->next;
-        fail_waiter(s, w, KVL_ERR_CANCELLED,
+        fail_waiter(s, l, w, KVL_ERR_CANCELLED,
                     "the peer was lost and another one's rounding differs: get it again");
     }
 }
@@ -208,6 +210,8 @@ static void succeed(kvl_sidecar *s, load *l, kvl_container *container, int place
         client *c = end_wait(s, w);
         if (c != NULL) {
             c->tenant->hits[place]++;
+            sidecar_access_note(s, l->tenant, &l->id, kvl_container_n_bytes(container),
+                                KVL_ACCESS_MISS);
             sidecar_answer_got(s, c, w, container, kvl_container_n_blocks(container), place);
         }
         kvl_free(w);
@@ -294,7 +298,7 @@ void sidecar_load_tick(kvl_sidecar *s, int64_t now_ns)
                 continue;
             }
             *link = w->next;
-            fail_waiter(s, w, KVL_ERR_TIMEOUT, "the deadline passed while it was being loaded");
+            fail_waiter(s, l, w, KVL_ERR_TIMEOUT, "the deadline passed while it was being loaded");
         }
     }
 }

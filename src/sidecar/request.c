@@ -226,6 +226,7 @@ static kvl_status check_put(kvl_sidecar *s, client *c, const request *from, int 
                         shape->n_layers, shape->n_kv_heads, shape->head_dim, shape->dtype,
                         shape->pairs);
     }
+    if (put->anchor != NULL) KVL_TRY(sidecar_anchor_put(s, c, put, j, error));
     kvl_tier_stats stats;
     kvl_tier *largest = c->tenant->disk != NULL ? c->tenant->disk : c->tenant->memory;
     largest->ops->stats(largest, &stats);
@@ -299,6 +300,12 @@ static int64_t deadline_of(const kvl_sidecar *s, uint32_t deadline_ms)
     return sidecar_now(s) + (int64_t)deadline_ms * KVL_NS_PER_MS;
 }
 
+static void count_miss(kvl_sidecar *s, tenant *t, const kvl_digest *id)
+{
+    t->misses++;
+    sidecar_access_note(s, t, id, 0, KVL_ACCESS_MISS);
+}
+
 /* What is in memory is answered at once, here; the rest waits for a load. */
 static void take_get(kvl_sidecar *s, client *c, const waiter *wanted, const key_message *key,
                      uint32_t deadline_ms)
@@ -313,6 +320,7 @@ static void take_get(kvl_sidecar *s, client *c, const waiter *wanted, const key_
     kvl_container *container = NULL;
     if (t->memory->ops->get(t->memory, &id, false, &container, &error) == KVL_OK) {
         t->hits[PLACE_MEMORY]++;
+        sidecar_access_note(s, t, &id, kvl_container_n_bytes(container), KVL_ACCESS_HIT);
         if (t->disk != NULL) t->disk->ops->touch(t->disk, &id);
         waiter w = *wanted;
         sidecar_answer_got(s, c, &w, container, kvl_container_n_blocks(container), PLACE_MEMORY);
@@ -320,7 +328,7 @@ static void take_get(kvl_sidecar *s, client *c, const waiter *wanted, const key_
         return;
     }
     if (deadline_ms == 0 || c->n_waiting >= KVL_SIDECAR_WAITING_PER_CLIENT) {
-        if (deadline_ms == 0) t->misses++;
+        if (deadline_ms == 0) count_miss(s, t, &id);
         sidecar_send_status(
             s, c, wanted->number, deadline_ms == 0 ? KVL_ERR_NOT_FOUND : KVL_ERR_BUSY,
             deadline_ms == 0 ? "it is not in memory, and no time was given to load it"
@@ -337,7 +345,7 @@ static void take_get(kvl_sidecar *s, client *c, const waiter *wanted, const key_
     w->deadline_ns = deadline_of(s, deadline_ms);
     const kvl_status status = sidecar_load_start(s, t, &id, w->deadline_ns, w, &error);
     if (status == KVL_OK) return;
-    if (status == KVL_ERR_NOT_FOUND) t->misses++;
+    if (status == KVL_ERR_NOT_FOUND) count_miss(s, t, &id);
     sidecar_send_status(s, c, wanted->number, status, "%s", error.text);
     kvl_free(w);
 }
@@ -574,6 +582,12 @@ static void take(kvl_sidecar *s, client *c, const request *from, int *fd)
     case KVLOOM__LOCAL__V1__REQUEST__BODY_REMOVE: take_remove(s, c, from); return;
     case KVLOOM__LOCAL__V1__REQUEST__BODY_STATS: take_stats(s, c, from->number); return;
     case KVLOOM__LOCAL__V1__REQUEST__BODY_LIST: take_list(s, c, from); return;
+    case KVLOOM__LOCAL__V1__REQUEST__BODY_ACCESSES:
+        sidecar_access_answer(s, c, from->number, from->accesses->after);
+        return;
+    case KVLOOM__LOCAL__V1__REQUEST__BODY_ANCHORS:
+        sidecar_anchor_list(s, c, from->number, from->anchors);
+        return;
     default: break;
     }
     c->tenant->refused++;
@@ -609,8 +623,11 @@ static void finish_put(kvl_sidecar *s, job *j)
     if (c != NULL) c->n_waiting--;
     if (j->status == KVL_OK) {
         j->tenant->puts++;
+        sidecar_access_note(s, j->tenant, &j->id,
+                            j->container == NULL ? 0 : kvl_container_n_bytes(j->container),
+                            KVL_ACCESS_PUT);
         if (s->exchange != NULL && j->tenant == &s->tenants[0]) {
-            kvl_exchange_announce(s->exchange, &j->id, KVL_CONTAINER_SEGMENT);
+            kvl_exchange_announce(s->exchange, &j->id, j->info.kind);
         }
         if (c != NULL) send_stored(s, c, j->number, &j->id, false);
     } else if (c != NULL) {
@@ -626,10 +643,12 @@ void sidecar_job_done(kvl_sidecar *s, job *j)
     }
     if (j->kind == JOB_PUT) {
         finish_put(s, j);
-    } else if (j->kind == JOB_REMOVE) {
+    } else if (j->kind == JOB_REMOVE || j->kind == JOB_ANCHORS) {
         client *c = sidecar_client_find(s, j->slot, j->serial);
-        if (c != NULL) {
-            c->n_waiting--;
+        if (c != NULL) c->n_waiting--;
+        if (c != NULL && j->kind == JOB_ANCHORS) {
+            sidecar_anchor_found(s, c, j);
+        } else if (c != NULL) {
             sidecar_send_status(s, c, j->number, j->status, "%s", j->text);
         }
     } else if (j->status < 0) {

@@ -62,7 +62,9 @@ static kvl_status open_store(const kvl_sidecar_options *options, const kvl_sidec
 {
     kvl_tier *tiers[2];
     size_t n = 0;
-    KVL_TRY(kvl_memory_tier_create_holding(from->memory_bytes_max, &tiers[n++], error));
+    const kvl_memory_tier_options memory = {
+        .bytes_max = from->memory_bytes_max, .policy = from->policy, .keeps_held = true};
+    KVL_TRY(kvl_memory_tier_create_with(&memory, &tiers[n++], error));
     t->memory = tiers[0];
     kvl_status status = KVL_OK;
     if (from->store_path != NULL) {
@@ -193,6 +195,7 @@ static void close_tenant(tenant *t)
         (void)unlink(t->socket_path);
     }
     if (t->store != NULL) t->store->ops->destroy(t->store);
+    kvl_free(t->accesses);
 }
 
 void kvl_sidecar_destroy(kvl_sidecar *s)
@@ -285,6 +288,7 @@ void kvl_sidecar_run(kvl_sidecar *s)
             s->ticked_ns = now_ns;
             sidecar_lease_tick(s, now_ns);
             sidecar_load_tick(s, now_ns);
+            sidecar_access_tick(s, now_ns);
             end_broken(s);
         }
     }

@@ -37,6 +37,7 @@ typedef struct kvl_sidecar_tenant {
     mode_t socket_mode;        /* 0: 0600 */
     const uint8_t *key;        /* [KVL_TENANT_KEY_LENGTH] */
     uint64_t memory_bytes_max; /* > 0 */
+    kvl_policy_kind policy;    /* which container of a full memory goes first */
     const char *store_path;    /* NULL: no disk */
     uint64_t disk_bytes_max;   /* > 0 with a disk */
     bool seals_disk; /* what is on disk is encrypted under a key that follows from `key` */

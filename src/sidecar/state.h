@@ -10,6 +10,7 @@
 #include "base/queue.h"
 #include "exchange/local.h"
 #include "sidecar/sidecar.h"
+#include "store/trace.h"
 
 #include "local.pb-c.h"
 
@@ -21,6 +22,9 @@
 #define SIDECAR_LENT_BYTES_MIN ((size_t)64 << 10)
 #define SIDECAR_INSIDE_BYTES_MAX ((size_t)256 << 10)
 #define SIDECAR_TICK_MS 100
+/* Accesses that are kept for who records them: at 100,000 a second a tenth of a second and more. */
+#define SIDECAR_ACCESSES 16384u
+#define SIDECAR_ACCESSES_KEPT_NS (60 * KVL_NS_PER_S)
 
 enum { PLACE_NOWHERE = 0, PLACE_MEMORY = 1, PLACE_DISK = 2, PLACE_PEER = 3 };
 
@@ -34,6 +38,9 @@ typedef struct tenant {
     uint64_t hits[4];        /* by place */
     uint64_t misses, puts, refused, leases_expired;
     uint32_t n_leases, n_clients;
+    kvl_access_record *accesses; /* ring [SIDECAR_ACCESSES]; NULL: nobody wants to know */
+    uint64_t last_access;        /* number of the latest; the first is 1 */
+    int64_t accesses_wanted_ns;
 } tenant;
 
 /* One who holds a container in memory for a while. */
@@ -88,6 +95,7 @@ typedef enum job_kind {
     JOB_PUT,      /* blocks of a client to a container, to disk and memory */
     JOB_KEEP,     /* a container from a peer to disk */
     JOB_REMOVE,   /* from disk and memory */
+    JOB_ANCHORS,  /* ids of the anchors of a slot */
     JOB_PROGRESS, /* of a fetch: never queued for a worker */
     JOB_FETCHED,  /* same */
 } job_kind;
@@ -106,13 +114,17 @@ typedef struct job {
     /* put */
     kvl_container_info info;
     uint32_t *tokens; /* owned */
-    int fd;           /* owned; -1: none */
+    uint8_t *extra; /* owned; of an anchor, or how the extra of those that are looked for begins */
+    int fd;         /* owned; -1: none */
     bool write_back;
     /* result, and what JOB_KEEP keeps */
     kvl_status status;
     char text[KVL_ERROR_TEXT_MAX];
     kvl_container *container;
     uint32_t n_ready;
+    struct found_anchor *anchors; /* owned */
+    size_t n_anchors;
+    bool has_more_anchors;
 } job;
 
 struct kvl_sidecar {
@@ -208,6 +220,31 @@ KVL_MUST_USE kvl_status sidecar_job_start(kvl_sidecar *s, job *j);
 void sidecar_job_finish(job *j);
 /* The next finished job, or NULL. */
 job *sidecar_job_next(kvl_sidecar *s);
+
+/* ---- anchor.c ---- */
+
+typedef struct found_anchor {
+    kvl_digest id;
+    uint64_t n_bytes;
+} found_anchor;
+
+/* Fills what differs from a segment's put: kind, id, block_bytes, extra.
+ * Errors   KVL_ERR_INVALID, KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status sidecar_anchor_put(const kvl_sidecar *s, const client *c,
+                                           const Kvloom__Local__V1__Put *put, job *j,
+                                           kvl_error *error);
+void sidecar_anchor_list(kvl_sidecar *s, client *c, uint64_t number,
+                         const Kvloom__Local__V1__Anchors *wanted);
+void sidecar_anchor_find(job *j); /* on a worker */
+void sidecar_anchor_found(kvl_sidecar *s, client *c, const job *j);
+
+/* ---- access.c ---- */
+
+/* One get or put of the tenant's; n_bytes 0: not known. */
+void sidecar_access_note(kvl_sidecar *s, tenant *t, const kvl_digest *id, uint64_t n_bytes,
+                         kvl_access_kind kind);
+void sidecar_access_answer(kvl_sidecar *s, client *c, uint64_t number, uint64_t after);
+void sidecar_access_tick(kvl_sidecar *s, int64_t now_ns);
 
 /* ---- lease.c ---- */
 

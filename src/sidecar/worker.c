@@ -31,6 +31,8 @@ void sidecar_job_end(job *j)
     if (j->fd >= 0) (void)close(j->fd);
     kvl_container_release(j->container);
     kvl_free(j->tokens);
+    kvl_free(j->extra);
+    kvl_free(j->anchors);
     kvl_free(j);
 }
 
@@ -142,6 +144,11 @@ static void run(job *j)
     kvl_tier *store = j->tenant->store;
     if (j->kind == JOB_PUT) {
         run_put(j);
+        return;
+    }
+    if (j->kind == JOB_ANCHORS) {
+        sidecar_anchor_find(j);
+        sidecar_job_finish(j);
         return;
     }
     if (j->kind == JOB_LOAD) {

@@ -1,12 +1,8 @@
-/* memory_tier.c: containers in the memory of this process.
- *
- * Segmented LRU (Karedla, Love and Wherry, 1994) by bytes: a container comes in on probation and is
- * protected from its first use on; probation is evicted first. So a scan of many containers that
- * nobody asks for again does not push out those that are asked for. Protected containers hold at
- * most four fifths of the cap; beyond that the oldest used goes back on probation. */
+/* memory_tier.c: containers in the memory of this process, in the order of a policy
+ * (store/policy.h). */
 #include "store/store.h"
 
-#include "store/entry_map.h"
+#include "store/policy.h"
 
 #include "base/alloc.h"
 
@@ -14,18 +10,15 @@
 #include <pthread.h>
 
 typedef struct memory_entry {
-    kvl_entry entry; /* first: the map knows entries only */
+    kvl_policy_entry entry; /* first: maps and policies know entries only */
     kvl_container *container;
-    uint64_t n_bytes;
-    bool is_protected;
 } memory_entry;
 
 typedef struct memory_tier {
     kvl_tier tier; /* first: callers know tiers only */
     pthread_mutex_t lock;
     kvl_entry_map map;
-    kvl_entry_list probation, protected;
-    uint64_t protected_bytes;
+    kvl_policy policy;
     bool keeps_held; /* what others hold is not evicted, and so is always counted */
     kvl_tier_stats stats;
 } memory_tier;
@@ -35,20 +28,19 @@ static memory_entry *entry_of(kvl_entry *entry)
     return (memory_entry *)entry;
 }
 
-static kvl_entry_list *list_of(memory_tier *self, const memory_entry *entry)
+/* Of one that the policy has given out; the caller ends it when the lock is open, for the last
+ * reference of a borrowed container calls into whoever lent it. */
+static void forget_entry(memory_tier *self, memory_entry *entry)
 {
-    return entry->is_protected ? &self->protected : &self->probation;
+    kvl_entry_map_remove(&self->map, &entry->entry.entry);
+    self->stats.n_containers--;
+    self->stats.bytes -= entry->entry.n_bytes;
 }
 
-/* Unlinks; the caller ends the entry when the lock is open, for the last reference of a borrowed
- * container calls into whoever lent it. */
 static void unlink_entry(memory_tier *self, memory_entry *entry)
 {
-    kvl_entry_map_remove(&self->map, &entry->entry);
-    kvl_entry_list_remove(list_of(self, entry), &entry->entry);
-    if (entry->is_protected) self->protected_bytes -= entry->n_bytes;
-    self->stats.n_containers--;
-    self->stats.bytes -= entry->n_bytes;
+    kvl_policy_remove(&self->policy, &entry->entry);
+    forget_entry(self, entry);
 }
 
 static void end_entry(memory_entry *entry)
@@ -67,51 +59,29 @@ static void end_entries(kvl_entry *entry)
     }
 }
 
-/* The next to go, oldest on probation first; NULL where others hold all that is there. Nobody else
- * can get hold of a container meanwhile: that takes the lock, or a reference. */
-static kvl_entry *find_victim(const memory_tier *self)
+/* Nobody else can get hold of a container meanwhile: that takes the lock, or a reference. */
+static bool is_ours_alone(const kvl_policy_entry *entry)
 {
-    for (int pass = 0; pass < 2; pass++) {
-        kvl_entry *at = pass == 0 ? self->probation.oldest : self->protected.oldest;
-        for (; at != NULL; at = at->newer) {
-            if (!self->keeps_held || kvl_container_n_references(entry_of(at)->container) == 1)
-                return at;
-        }
-    }
-    return NULL;
+    const memory_entry *e = (const memory_entry *)entry;
+    return kvl_container_n_references(e->container) == 1;
 }
 
-/* Makes room for n_bytes more; gives what was evicted as a chain. False where that was not
- * enough. */
+/* Makes room for n_bytes more; gives what was evicted as a chain. False where others hold all that
+ * is left, and that was not enough. */
 static bool evict(memory_tier *self, uint64_t n_bytes, kvl_entry **evicted)
 {
     *evicted = NULL;
     while (self->stats.bytes > self->stats.bytes_max - n_bytes) {
-        kvl_entry *oldest = find_victim(self);
-        KVL_ASSERT(oldest != NULL || self->keeps_held);
-        if (oldest == NULL) return false;
-        unlink_entry(self, entry_of(oldest));
+        kvl_policy_entry *victim =
+            kvl_policy_evict(&self->policy, self->keeps_held ? is_ours_alone : NULL);
+        KVL_ASSERT(victim != NULL || self->keeps_held);
+        if (victim == NULL) return false;
+        forget_entry(self, (memory_entry *)victim);
         self->stats.evictions++;
-        oldest->newer = *evicted;
-        *evicted = oldest;
+        victim->entry.newer = *evicted;
+        *evicted = &victim->entry;
     }
     return true;
-}
-
-static void use_entry(memory_tier *self, memory_entry *entry)
-{
-    kvl_entry_list_remove(list_of(self, entry), &entry->entry);
-    if (!entry->is_protected) self->protected_bytes += entry->n_bytes;
-    entry->is_protected = true;
-    kvl_entry_list_append(&self->protected, &entry->entry);
-    const uint64_t protected_max = self->stats.bytes_max / 5 * 4;
-    while (self->protected_bytes > protected_max) {
-        memory_entry *oldest = entry_of(self->protected.oldest);
-        kvl_entry_list_remove(&self->protected, &oldest->entry);
-        oldest->is_protected = false;
-        self->protected_bytes -= oldest->n_bytes;
-        kvl_entry_list_append(&self->probation, &oldest->entry);
-    }
 }
 
 static kvl_status memory_put(kvl_tier *tier, kvl_container *container, kvl_error *error)
@@ -128,13 +98,13 @@ static kvl_status memory_put(kvl_tier *tier, kvl_container *container, kvl_error
     }
     memory_entry *made = kvl_alloc_zero(1, sizeof *made);
     if (made == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "memory: no memory for an entry");
-    made->entry.id = kvl_container_info_of(container)->id;
-    made->n_bytes = n_bytes;
+    made->entry.entry.id = kvl_container_info_of(container)->id;
+    made->entry.n_bytes = n_bytes;
     kvl_entry *ended = NULL;
-    kvl_entry *unused = &made->entry;
+    memory_entry *unused = made;
     kvl_status status = KVL_OK;
     (void)pthread_mutex_lock(&self->lock);
-    if (kvl_entry_map_find(&self->map, &made->entry.id) != NULL) {
+    if (kvl_entry_map_find(&self->map, &made->entry.entry.id) != NULL) {
         /* There already: nothing changes, not even the order. */
     } else if (!evict(self, n_bytes, &ended)) {
         status = KVL_FAIL(error, KVL_ERR_BUSY,
@@ -143,15 +113,15 @@ static kvl_status memory_put(kvl_tier *tier, kvl_container *container, kvl_error
     } else {
         kvl_container_share(container);
         made->container = container;
-        kvl_entry_map_add(&self->map, &made->entry);
-        kvl_entry_list_append(&self->probation, &made->entry);
+        kvl_entry_map_add(&self->map, &made->entry.entry);
+        kvl_policy_add(&self->policy, &made->entry);
         self->stats.n_containers++;
         self->stats.bytes += n_bytes;
         unused = NULL;
     }
     (void)pthread_mutex_unlock(&self->lock);
     end_entries(ended);
-    if (unused != NULL) end_entry(entry_of(unused));
+    if (unused != NULL) end_entry(unused);
     return status;
 }
 
@@ -177,7 +147,7 @@ static kvl_status memory_get(kvl_tier *tier, const kvl_digest *id, bool check_bl
     (void)pthread_mutex_lock(&self->lock);
     kvl_entry *entry = kvl_entry_map_find(&self->map, id);
     if (entry != NULL) {
-        use_entry(self, entry_of(entry));
+        kvl_policy_use(&self->policy, &entry_of(entry)->entry);
         *container = entry_of(entry)->container;
         kvl_container_share(*container);
         self->stats.hits++;
@@ -229,11 +199,11 @@ static void memory_list(kvl_tier *tier,
     (void)pthread_mutex_lock(&self->lock);
     bool goes_on = true;
     for (int pass = 0; pass < 2; pass++) {
-        kvl_entry *at = pass == 0 ? self->probation.oldest : self->protected.oldest;
+        kvl_entry *at = self->policy.queues[pass].oldest;
         for (; at != NULL && goes_on; at = at->newer) {
             const memory_entry *entry = entry_of(at);
             goes_on = visit(context, &at->id, kvl_container_info_of(entry->container)->kind,
-                            entry->n_bytes);
+                            entry->entry.n_bytes);
         }
     }
     (void)pthread_mutex_unlock(&self->lock);
@@ -244,7 +214,7 @@ static void memory_touch(kvl_tier *tier, const kvl_digest *id)
     memory_tier *self = (memory_tier *)tier;
     (void)pthread_mutex_lock(&self->lock);
     kvl_entry *entry = kvl_entry_map_find(&self->map, id);
-    if (entry != NULL) use_entry(self, entry_of(entry));
+    if (entry != NULL) kvl_policy_use(&self->policy, &entry_of(entry)->entry);
     (void)pthread_mutex_unlock(&self->lock);
 }
 
@@ -259,15 +229,15 @@ static void memory_stats(kvl_tier *tier, kvl_tier_stats *stats)
 static void memory_destroy(kvl_tier *tier)
 {
     memory_tier *self = (memory_tier *)tier;
-    end_entries(self->probation.oldest);
-    end_entries(self->protected.oldest);
+    for (int pass = 0; pass < 2; pass++) end_entries(self->policy.queues[pass].oldest);
+    kvl_policy_deinit(&self->policy);
     kvl_entry_map_deinit(&self->map);
     (void)pthread_mutex_destroy(&self->lock);
     kvl_free(self);
 }
 
-static kvl_status create_tier(uint64_t bytes_max, bool keeps_held, kvl_tier **tier,
-                              kvl_error *error)
+kvl_status kvl_memory_tier_create_with(const kvl_memory_tier_options *options, kvl_tier **tier,
+                                       kvl_error *error)
 {
     static const kvl_tier_ops ops = {
         .name = "memory",
@@ -281,17 +251,22 @@ static kvl_status create_tier(uint64_t bytes_max, bool keeps_held, kvl_tier **ti
         .destroy = memory_destroy,
     };
     *tier = NULL;
-    if (bytes_max == 0) {
+    if (options->bytes_max == 0) {
         return KVL_FAIL(error, KVL_ERR_INVALID,
                         "memory: bytes_max is 0, but a store needs a cap; give it one");
     }
+    if (options->policy >= KVL_POLICIES)
+        return KVL_FAIL(error, KVL_ERR_INVALID, "memory: policy %d is none", (int)options->policy);
     memory_tier *made = kvl_alloc_zero(1, sizeof *made);
     if (made == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "memory: no memory for the tier");
     made->tier.ops = &ops;
-    made->stats.bytes_max = bytes_max;
-    made->keeps_held = keeps_held;
-    const kvl_status status = kvl_entry_map_init(&made->map, error);
+    made->stats.bytes_max = options->bytes_max;
+    made->keeps_held = options->keeps_held;
+    kvl_status status = kvl_entry_map_init(&made->map, error);
+    if (status == KVL_OK)
+        status = kvl_policy_init(&made->policy, options->policy, options->bytes_max, error);
     if (status != KVL_OK) {
+        kvl_entry_map_deinit(&made->map);
         kvl_free(made);
         return status;
     }
@@ -302,10 +277,6 @@ static kvl_status create_tier(uint64_t bytes_max, bool keeps_held, kvl_tier **ti
 
 kvl_status kvl_memory_tier_create(uint64_t bytes_max, kvl_tier **tier, kvl_error *error)
 {
-    return create_tier(bytes_max, false, tier, error);
-}
-
-kvl_status kvl_memory_tier_create_holding(uint64_t bytes_max, kvl_tier **tier, kvl_error *error)
-{
-    return create_tier(bytes_max, true, tier, error);
+    return kvl_memory_tier_create_with(&(kvl_memory_tier_options){.bytes_max = bytes_max}, tier,
+                                       error);
 }

@@ -52,16 +52,34 @@ struct kvl_tier {
     const kvl_tier_ops *ops;
 };
 
-/* Keeps references, evicts by segmented LRU above bytes_max (a container that others still hold is
- * evicted from the tier, its memory lives on with them). bytes_max > 0: no store without a cap. */
+/* Which container of a full memory goes first: store/policy.h says how each chooses. */
+typedef enum kvl_policy_kind {
+    KVL_POLICY_SLRU, /* segmented LRU */
+    KVL_POLICY_LRU,
+    KVL_POLICY_S3FIFO,
+} kvl_policy_kind;
+#define KVL_POLICIES 3u
+/* "slru", "lru", "s3fifo"; static text. */
+const char *kvl_policy_name(kvl_policy_kind kind);
+bool kvl_policy_from_name(const char *name, kvl_policy_kind *kind); /* false: none is named so */
+
+typedef struct kvl_memory_tier_options {
+    uint64_t bytes_max;     /* > 0: no store without a cap */
+    kvl_policy_kind policy; /* zero: segmented LRU */
+    /* Nothing is evicted that somebody else holds: for a tier whose containers are lent to other
+     * processes, so that what they hold stays within the cap. put answers KVL_ERR_BUSY where all
+     * the rest does not make room. Otherwise a container that others still hold is evicted from
+     * the tier, and its memory lives on with them. */
+    bool keeps_held;
+} kvl_memory_tier_options;
+
+/* Keeps references, evicts above bytes_max.
+ * Errors   KVL_ERR_INVALID, KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status kvl_memory_tier_create_with(const kvl_memory_tier_options *options,
+                                                    kvl_tier **tier, kvl_error *error);
+/* The same by segmented LRU, without holding. */
 KVL_MUST_USE kvl_status kvl_memory_tier_create(uint64_t bytes_max, kvl_tier **tier,
                                                kvl_error *error);
-
-/* Same, but nothing is evicted that somebody else holds: for a tier whose containers are lent to
- * other processes, so that what they hold stays within the cap. put answers KVL_ERR_BUSY where all
- * the rest does not make room. */
-KVL_MUST_USE kvl_status kvl_memory_tier_create_holding(uint64_t bytes_max, kvl_tier **tier,
-                                                       kvl_error *error);
 
 typedef struct kvl_lmdb_tier_options {
     const char *path;       /* directory, made where missing */

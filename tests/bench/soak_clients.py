@@ -1,13 +1,15 @@
-"""Many clients on one sidecar, mixed sizes: python3 tests/bench/soak_clients.py BUILD [CLIENTS] [SECONDS] [SEED]
+"""Many clients on one sidecar, mixed sizes: python3 tests/bench/soak_clients.py BUILD [CLIENTS] [SECONDS] [SEED] [TRACE]
 
 1,000 clients (or as many as are named) put and get in random turns for 60 seconds (the acceptance runs 600). Every
-byte is compared. Prints one JSON object: the latencies of gets from memory, the sidecar's memory against its cap, its
-resident memory, descriptors and leases before and after.
+byte is compared. With TRACE, `kvloom trace record` follows what they ask into that file. Prints one JSON object: the
+latencies of gets from memory, the sidecar's memory against its cap, its resident memory, descriptors and leases
+before and after.
 """
 import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +27,8 @@ def main():
     n_clients = int(sys.argv[2]) if len(sys.argv) > 2 else 1000
     seconds = float(sys.argv[3]) if len(sys.argv) > 3 else 60
     seed = int(sys.argv[4]) if len(sys.argv) > 4 else int(time.time())
+    trace = sys.argv[5] if len(sys.argv) > 5 else None
+    recorder = None
     chance = random.Random(seed)
     place = tempfile.mkdtemp(prefix="kvloom-soak-")
     with open(place + "/key", "wb") as file:
@@ -37,6 +41,12 @@ def main():
         watcher.get(0)
         before = len(os.listdir(f"/proc/{sidecar.pid}/fd"))
         clients = [Client(library, socket) for _ in range(n_clients)]
+        if trace:
+            recorder = subprocess.Popen([os.path.join(build, "kvloom"), "trace", "record", "--socket",
+                                         socket, "--model", "kill", trace])
+            while watcher.stats().clients < n_clients + 2:
+                time.sleep(0.01)
+        expected = n_clients + 1 + (1 if trace else 0)
         got, missed, most, resident = [], 0, 0, 0
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -53,7 +63,10 @@ def main():
             most = max(most, stats.memory_bytes)
             resident = max(resident, resident_mib(sidecar.pid))
             assert stats.memory_bytes <= stats.memory_bytes_max, "memory above its cap"
-            assert stats.clients == n_clients + 1, stats.clients
+            assert stats.clients == expected, stats.clients
+        if recorder:
+            recorder.terminate()
+            recorder.wait()
         for client in clients:
             client.lib.kvloom_close(client.client)
         for _ in range(200):

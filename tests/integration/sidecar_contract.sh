@@ -122,6 +122,23 @@ echo 4 >>"$place/home"
 refuses 1 "no peer" "$kvloom" get --socket "$place/s.sock" --model m "$(printf '%064d' 1)"
 refuses 2 "one id" "$kvloom" get --socket "$place/s.sock" --model m
 
+# A trace of what is asked, and what each policy would have made of it.
+"$kvloom" trace record --socket "$place/s.sock" --model m --for 2s "$place/trace" 2>"$place/recorded" &
+recorder=$!
+sleep 0.5
+"$kvloom" get --socket "$place/s.sock" --model m -o "$place/out.kvseg" "$id" >/dev/null
+refuses 1 "no peer" "$kvloom" get --socket "$place/s.sock" --model m "$(printf '%064d' 1)"
+wait $recorder || fail "trace record ended with $?"
+grep -q "^2 accesses, 0 lost" "$place/recorded" || fail "trace record says $(cat "$place/recorded")"
+grep -q " default $id [0-9]* hit$" "$place/trace" || fail "the trace is $(cat "$place/trace")"
+"$kvloom" trace replay "$place/trace" | grep -q "^best: " || fail "replay names no policy"
+"$kvloom" trace replay --policy lru --json "$place/trace" | grep -q '"gets":2' || fail "replay counts wrong"
+refuses 1 "no trace\|does not begin" "$kvloom" trace replay "$example"
+refuses 2 "auto, slru" "$kvloom" trace replay --policy fifo "$place/trace"
+"$kvloom" sidecar $common --policy auto --trace "$place/trace" --check-config >/dev/null || fail "auto is refused"
+refuses 1 "lru, slru or s3fifo" "$kvloom" sidecar $common --policy fifo --check-config
+refuses 1 "auto, where a trace" "$kvloom" sidecar $common --trace "$place/trace" --check-config
+
 # doctor: what runs, what would run, and what would not.
 cat >"$place/sick" <<END
 model: m

@@ -25,16 +25,17 @@ static int run_one(uint64_t seed, uint64_t n_steps)
                  ", late %" PRIu64 ", nowhere %" PRIu64 "\n",
                  r.n_requests, r.n_ended, r.n_ok, r.n_unreachable, r.n_timeout, r.n_not_found);
     (void)printf("messages %" PRIu64 ", kills %" PRIu64 ", splits %" PRIu64 ", jumps %" PRIu64
-                 ", disk errors %" PRIu64 ", damaged blocks %" PRIu64 "\n",
+                 ", disk errors %" PRIu64 ", damaged blocks %" PRIu64 ", hedges %" PRIu64
+                 " (%" PRIu64 " won)\n",
                  r.n_messages, r.n_kills, r.n_splits, r.n_jumps, r.n_disk_errors,
-                 r.n_blocks_damaged);
+                 r.n_blocks_damaged, r.n_hedges, r.n_hedges_won);
     (void)printf("%s\n", r.violation[0] == '\0' ? "nothing was violated" : r.violation);
     return r.violation[0] == '\0' ? 0 : 1;
 }
 
 static int run_many(uint64_t first, uint64_t n_seeds)
 {
-    uint64_t n_steps = 0;
+    uint64_t n_steps = 0, n_hedges = 0, n_hedges_won = 0;
     (void)printf("seeds %" PRIu64 " to %" PRIu64 "\n", first, first + n_seeds - 1);
     (void)fflush(stdout);
     for (uint64_t i = 0; i < n_seeds; i++) {
@@ -42,11 +43,15 @@ static int run_many(uint64_t first, uint64_t n_seeds)
         kvl_sim_report report;
         kvl_sim_run(&options, &report);
         n_steps += report.n_steps;
+        n_hedges += report.n_hedges;
+        n_hedges_won += report.n_hedges_won;
         if (report.violation[0] == '\0') continue;
         (void)printf("kvloom-sim --seed %" PRIu64 ": %s\n", options.seed, report.violation);
         return 1;
     }
-    (void)printf("%" PRIu64 " seeds, %" PRIu64 " steps: nothing was violated\n", n_seeds, n_steps);
+    (void)printf("%" PRIu64 " seeds, %" PRIu64 " steps, %" PRIu64 " hedges (%" PRIu64
+                 " won): nothing was violated\n",
+                 n_seeds, n_steps, n_hedges, n_hedges_won);
     return 0;
 }
 

@@ -580,6 +580,8 @@ static void count_host(sim *s, const host *h)
     const kvl_exchange_stats *stats = kvl_protocol_stats(h->protocol);
     s->report->n_blocks_damaged += stats->blocks_damaged;
     s->report->n_refused += stats->messages_refused;
+    s->report->n_hedges += stats->hedges;
+    s->report->n_hedges_won += stats->hedges_won;
 }
 
 static void kill_host(sim *s, uint32_t index)

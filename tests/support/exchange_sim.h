@@ -32,6 +32,7 @@ typedef struct kvl_sim_report {
     uint64_t n_steps, trace; /* the same seed and options give the same trace */
     uint64_t n_splits, n_jumps, n_disk_errors;
     uint64_t n_kills, n_tasks_run, n_blocks_damaged, n_refused;
+    uint64_t n_hedges, n_hedges_won;
     uint64_t under_way_bytes_max; /* of blocks, from one host to another */
     uint64_t n_final_ok, n_final; /* requests after all faults have stopped */
     char violation[256];          /* "": none */

@@ -347,14 +347,14 @@ static void s8_a_client_that_never_reads_is_dropped(void **state)
     sidecar_stage_close(&stage, client);
 }
 
-/* S18: however one tenant writes, another one's segments stay where they are. */
-static void s18_a_flood_by_one_tenant_evicts_nothing_of_another(void **state)
+static void flood(kvl_policy_kind policy)
 {
-    (void)state;
     sidecar_stage stage;
     sidecar_stage_prepare(&stage, "s");
-    stage.tenants[0].memory_bytes_max = 4 << 20;
-    stage.tenants[1].memory_bytes_max = 4 << 20;
+    for (int t = 0; t < 2; t++) {
+        stage.tenants[t].memory_bytes_max = 4 << 20;
+        stage.tenants[t].policy = policy;
+    }
     sidecar_stage_start(&stage);
     kvloom_client *quiet = sidecar_stage_connect(&stage, 0, NULL);
     kvloom_client *loud = sidecar_stage_connect(&stage, 1, NULL);
@@ -376,6 +376,13 @@ static void s18_a_flood_by_one_tenant_evicts_nothing_of_another(void **state)
     kvloom_close(quiet);
     kvloom_close(loud);
     sidecar_stage_end(&stage);
+}
+
+/* S18: however one tenant writes, another one's segments stay where they are, under each policy. */
+static void s18_a_flood_by_one_tenant_evicts_nothing_of_another(void **state)
+{
+    (void)state;
+    for (uint32_t k = 0; k < KVL_POLICIES; k++) flood((kvl_policy_kind)k);
 }
 
 /* S21: what does not fit is refused in words that name both. */

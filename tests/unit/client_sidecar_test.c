@@ -470,6 +470,144 @@ static void a_map_can_neither_be_written_nor_cut(void **state)
     kvl_container_use_shared_memory(0);
 }
 
+enum { ANCHOR_LAYER = 50000 };
+
+static kvloom_status put_anchor(kvloom_client *client, const char *template_name, uint32_t slot,
+                                uint32_t number, kvloom_digest *id)
+{
+    static uint8_t layer[ANCHOR_LAYER];
+    const kvloom_key text = sidecar_stage_key(number, TOKENS_SMALL);
+    const kvloom_anchor_key key = {.template_name = template_name,
+                                   .slot = slot,
+                                   .tokens = text.tokens,
+                                   .n_tokens = text.n_tokens};
+    const void *layers[] = {layer, layer, layer, layer};
+    memset(layer, (int)number, sizeof layer);
+    return kvloom_put_anchor(client, &key, layers, sizeof layer, &number, sizeof number, 0, id,
+                             NULL);
+}
+
+static bool is_anchor(kvloom_client *client, const kvloom_digest *id, uint32_t number)
+{
+    kvloom_segment *segment = NULL;
+    if (kvloom_get_id(client, id, 2000, &segment, NULL) != KVLOOM_OK) return false;
+    size_t n = 0, n_tokens = 0;
+    const kvloom_key text = sidecar_stage_key(number, TOKENS_SMALL);
+    const void *extra = kvloom_segment_extra(segment, &n);
+    bool is_it = n == sizeof number && memcmp(extra, &number, n) == 0;
+    const uint32_t *tokens = kvloom_segment_tokens(segment, &n_tokens);
+    is_it &= n_tokens == TOKENS_SMALL && memcmp(tokens, text.tokens, 4 * n_tokens) == 0;
+    for (uint32_t l = 0; l < 4; l++) {
+        const uint8_t *layer = kvloom_segment_layer(segment, l, &n);
+        is_it &= n == ANCHOR_LAYER && layer[0] == number && layer[n - 1] == number;
+    }
+    kvloom_segment_release(segment);
+    return is_it;
+}
+
+/* Anchors are found by their slot, from memory and from disk, by their own tenant alone. */
+static void anchors_are_found_by_their_slot(void **state)
+{
+    (void)state;
+    enum { MANY = 20 };
+    sidecar_stage stage;
+    sidecar_stage_prepare(&stage, "s");
+    sidecar_stage_with_disk(&stage, 64 << 20);
+    sidecar_stage_start(&stage);
+    kvloom_client *a = sidecar_stage_connect(&stage, 0, NULL);
+    kvloom_client *strangers[] = {sidecar_stage_connect(&stage, 1, NULL),
+                                  sidecar_stage_connect(&stage, 0, "salt")};
+    kvloom_digest ids[2 * MANY], id;
+    size_t n = 0;
+    assert_int_equal(sidecar_stage_put(a, 1, TOKENS_SMALL, 0, NULL), KVLOOM_OK);
+    for (uint32_t i = 0; i < MANY; i++) {
+        assert_int_equal(put_anchor(a, "review/1", 0, i, &id), KVLOOM_OK);
+        assert_true(is_anchor(a, &id, i));
+        assert_int_equal(put_anchor(a, "review/1", 0, i, &ids[0]), KVLOOM_OK); /* again: the same */
+        assert_memory_equal(&id, &ids[0], sizeof id);
+    }
+    assert_int_equal(put_anchor(a, "review/1", 1, 3, NULL), KVLOOM_OK);
+    assert_int_equal(put_anchor(a, "review/10", 0, 4, NULL), KVLOOM_OK);
+    for (int round = 0; round < 2; round++) {
+        uint32_t seen = 0;
+        assert_int_equal(kvloom_list_anchors(a, "review/1", 0, ids, 2 * MANY, &n, NULL), 0);
+        assert_int_equal(n, MANY);
+        for (size_t k = 0; k < n; k++) {
+            for (uint32_t i = 0; i < MANY; i++) seen |= is_anchor(a, &ids[k], i) ? 1u << i : 0;
+        }
+        assert_int_equal(seen, (1u << MANY) - 1);
+        assert_int_equal(kvloom_list_anchors(a, "review/1", 1, ids, 2 * MANY, &n, NULL), 0);
+        assert_int_equal(n, 1);
+        assert_true(is_anchor(a, &ids[0], 3));
+        assert_int_equal(kvloom_list_anchors(a, "review", 0, ids, 2 * MANY, &n, NULL), 0);
+        assert_int_equal(n, 0);
+        assert_int_equal(kvloom_list_anchors(a, "review/1", 0, ids, 3, &n, NULL), 0);
+        assert_int_equal(n, 3);
+        for (size_t i = 0; i < 2 && round == 0; i++) {
+            assert_int_equal(
+                kvloom_list_anchors(strangers[i], "review/1", 0, ids, 2 * MANY, &n, NULL), 0);
+            assert_int_equal(n, 0);
+            kvloom_close(strangers[i]);
+        }
+        sidecar_stage_stop(&stage);
+        sidecar_stage_start(&stage);
+    }
+    /* Limits, in words. */
+    kvloom_error error = {.text = ""};
+    assert_int_equal(kvloom_list_anchors(a, "", 0, ids, 1, &n, &error), KVLOOM_ERR_INVALID);
+    assert_int_equal(kvloom_list_anchors(a, "x", 1024, ids, 1, &n, &error), KVLOOM_ERR_INVALID);
+    assert_non_null(strstr(error.text, "slot 1024"));
+    assert_int_equal(put_anchor(a, "x", 1024, 1, NULL), KVLOOM_ERR_INVALID);
+    sidecar_stage_close(&stage, a);
+}
+
+/* Hits, misses and puts in their order, of the own tenant alone, from the first question on; what
+ * came too late is counted. */
+static void accesses_are_told_to_their_own_tenant(void **state)
+{
+    (void)state;
+    enum { ROOM = 1024, MANY = 17000 };
+    static kvloom_access accesses[ROOM];
+    static const uint32_t wanted[] = {KVLOOM_ACCESS_MISS, KVLOOM_ACCESS_PUT, KVLOOM_ACCESS_HIT};
+    sidecar_stage stage;
+    sidecar_stage_prepare(&stage, "s");
+    sidecar_stage_start(&stage);
+    kvloom_client *a = sidecar_stage_connect(&stage, 0, NULL);
+    kvloom_client *b = sidecar_stage_connect(&stage, 1, NULL);
+    char tenant[KVLOOM_TENANT_BYTES];
+    uint64_t after = 0, after_b = 0, n_lost = 9;
+    size_t n = 0;
+    kvloom_segment *segment = NULL;
+    const kvloom_key key = sidecar_stage_key(1, TOKENS_SMALL);
+    assert_int_equal(kvloom_get(a, &key, 0, &segment, NULL), KVLOOM_ERR_NOT_FOUND);
+    assert_int_equal(kvloom_accesses(a, &after, accesses, ROOM, &n, &n_lost, tenant, NULL), 0);
+    assert_int_equal(n, 0); /* nothing was noted before */
+    assert_string_equal(tenant, "a");
+    assert_int_equal(kvloom_accesses(b, &after_b, accesses, ROOM, &n, NULL, NULL, NULL), 0);
+    assert_int_equal(kvloom_get(a, &key, 0, &segment, NULL), KVLOOM_ERR_NOT_FOUND);
+    assert_int_equal(sidecar_stage_put(a, 1, TOKENS_SMALL, 0, NULL), KVLOOM_OK);
+    assert_int_equal(kvloom_get(a, &key, 0, &segment, NULL), KVLOOM_OK);
+    assert_int_equal(kvloom_accesses(a, &after, accesses, ROOM, &n, &n_lost, NULL, NULL), 0);
+    assert_int_equal(n, 3);
+    assert_int_equal(n_lost, 0);
+    for (size_t i = 0; i < n; i++) {
+        assert_int_equal(accesses[i].what, wanted[i]);
+        assert_memory_equal(&accesses[i].id, kvloom_segment_id(segment), sizeof accesses[i].id);
+        assert_true((accesses[i].n_bytes > 0) == (i > 0));
+    }
+    kvloom_segment_release(segment);
+    assert_int_equal(kvloom_accesses(b, &after_b, accesses, ROOM, &n, NULL, NULL, NULL), 0);
+    assert_int_equal(n, 0);
+    for (int i = 0; i < MANY; i++)
+        assert_int_equal(kvloom_get(b, &key, 0, &segment, NULL), KVLOOM_ERR_NOT_FOUND);
+    assert_int_equal(kvloom_accesses(b, &after_b, accesses, ROOM, &n, &n_lost, NULL, NULL), 0);
+    assert_int_equal(n, ROOM);
+    assert_int_equal(n_lost, MANY - 16384);
+    kvloom_close(a);
+    kvloom_close(b);
+    sidecar_stage_end(&stage);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -488,6 +626,8 @@ int main(void)
         cmocka_unit_test(listing_and_removing_by_id),
         cmocka_unit_test(another_model_or_salt_is_refused_in_words),
         cmocka_unit_test(a_map_can_neither_be_written_nor_cut),
+        cmocka_unit_test(anchors_are_found_by_their_slot),
+        cmocka_unit_test(accesses_are_told_to_their_own_tenant),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -99,7 +99,8 @@ static void test_a_restarted_peer_is_known_by_its_epoch(void **state)
     assert_ptr_equal(stage.ended.waiter, &waiter);
     assert_int_equal(kvl_protocol_stats(stage.protocol)->peers_lost, 1);
 
-    /* What the dead process announced is forgotten. */
+    /* What the dead process announced is forgotten: both are asked. */
+    stage_bring_up(1, 20);
     stage.n_sent = 0;
     kvl_protocol_fetch(stage.protocol, &waiter, &id, stage.now_ns + 60000 * MS, stage.now_ns);
     assert_null(stage_latest(0, KVL_MESSAGE_FETCH));
@@ -153,20 +154,48 @@ static void test_a_call_waits_for_a_peer_that_is_being_dialled(void **state)
     kvl_bulk_release(body);
 }
 
+/* ---- one peer alone ---- */
+
+/* Whether it has it, one peer says to a Fetch as well as to a Locate, a round trip earlier. */
+static void test_a_single_peer_is_not_asked_twice(void **state)
+{
+    (void)state;
+    const kvl_digest id = tiny_id(1);
+    stage_pass_ms(KVL_CONNECT_GRACE_NS / MS);
+    stage_bring_up(0, 10);
+    kvl_protocol_fetch(stage.protocol, NULL, &id, stage.now_ns + 60000 * MS, stage.now_ns);
+    assert_int_equal(stage_count_sent(0, KVL_MESSAGE_LOCATE), 0);
+    const kvl_message fetch = stage_latest(0, KVL_MESSAGE_FETCH)->message;
+    kvl_message error = stage_message_of(KVL_MESSAGE_ERROR, 10, fetch.request);
+    error.reply.status = KVL_ERR_NOT_FOUND;
+    stage_give(0, &error, NULL, 0);
+    assert_int_equal(stage.n_ended, 1);
+    assert_int_equal(stage.ended.status, KVL_ERR_NOT_FOUND);
+    assert_int_equal(stage_count_sent(0, KVL_MESSAGE_LOCATE), 0);
+
+    /* With as many streams as it may have, it is asked: a miss does not wait for hits to end. */
+    for (uint32_t i = 0; i < KVL_STREAMS_PER_PEER; i++)
+        kvl_protocol_fetch(stage.protocol, NULL, &id, stage.now_ns + 60000 * MS, stage.now_ns);
+    assert_int_equal(stage_count_sent(0, KVL_MESSAGE_LOCATE), 0);
+    kvl_protocol_fetch(stage.protocol, NULL, &id, stage.now_ns + 60000 * MS, stage.now_ns);
+    assert_int_equal(stage_count_sent(0, KVL_MESSAGE_LOCATE), 1);
+}
+
 /* ---- hostile answers to a fetch ---- */
 
-/* Starts a fetch of container 1 at peer 0 and returns its Fetch. */
+/* Starts a fetch of container 1 at peer 0 and returns its Fetch. Peer 1 may be up already. */
 static kvl_message begin_fetch(void)
 {
     const kvl_digest id = tiny_id(1);
     stage_pass_ms(KVL_CONNECT_GRACE_NS / MS); /* nobody waits for peer 1 any more */
     stage_bring_up(0, 10);
     kvl_protocol_fetch(stage.protocol, NULL, &id, stage.now_ns + 60000 * MS, stage.now_ns);
-    kvl_message located = stage_message_of(KVL_MESSAGE_LOCATED, 10,
-                                           stage_latest(0, KVL_MESSAGE_LOCATE)->message.request);
-    located.located.n_ids = 1;
-    located.located.held = 1;
-    stage_give(0, &located, NULL, 0);
+    const stage_sent *locate = stage_latest(0, KVL_MESSAGE_LOCATE);
+    if (locate != NULL) {
+        kvl_message located = stage_message_of(KVL_MESSAGE_LOCATED, 10, locate->message.request);
+        located.located.n_ids = located.located.held = 1;
+        stage_give(0, &located, NULL, 0);
+    }
     assert_non_null(stage_latest(0, KVL_MESSAGE_FETCH));
     return stage_latest(0, KVL_MESSAGE_FETCH)->message;
 }
@@ -319,6 +348,7 @@ static void test_tiny_pieces_cost_credit_too(void **state)
 static void test_late_answers_are_ignored(void **state)
 {
     (void)state;
+    stage_bring_up(1, 20);
     kvl_message fetch = begin_fetch();
     kvl_container *container = tiny_container(1, 0, &stage.shape);
     const void *bytes = NULL;
@@ -525,6 +555,7 @@ int main(void)
         CASE(test_blocks_outside_of_the_container_are_refused),
         CASE(test_damage_is_asked_for_again_once),
         CASE(test_tiny_pieces_cost_credit_too),
+        CASE(test_a_single_peer_is_not_asked_twice),
         CASE(test_late_answers_are_ignored),
         CASE(test_a_peer_answers_a_list_once),
         CASE(test_a_stalled_holder_is_left),

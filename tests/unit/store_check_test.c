@@ -167,7 +167,8 @@ static void mutate(kvl_random *random, char *bytes, size_t n_bytes)
     }
 }
 
-static void test_lmdb_survives_what_passes(void **state)
+/* S19 */
+static void s19_lmdb_survives_what_passes(void **state)
 {
     (void)state;
     enum { ROUNDS = 1500, USES_MAX = 150 };
@@ -249,7 +250,7 @@ int main(void)
     kvl_log_set_level(KVL_LOG_SILENT);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_sound_database_passes),
-        cmocka_unit_test(test_lmdb_survives_what_passes),
+        cmocka_unit_test(s19_lmdb_survives_what_passes),
         cmocka_unit_test(test_any_length_is_read_within_bounds),
         cmocka_unit_test(test_failing_allocation_is_no_damage),
     };

@@ -243,8 +243,9 @@ static bool check_listed(void *context, const kvl_digest *id, kvl_container_kind
     return true;
 }
 
-/* Killed at any instant: what was acknowledged last is there, and nothing that is there is torn. */
-static void test_a_killed_writer_leaves_whole_containers(void **state)
+/* S20. Killed at any instant: what was acknowledged last is there, and nothing that is there is
+ * torn. */
+static void s20_a_killed_writer_leaves_whole_containers(void **state)
 {
     (void)state;
     enum { KILLS = 36, IDS_MAX = 100000 };
@@ -572,7 +573,8 @@ static _Noreturn void fill_the_disk(const char *path)
     _exit((int)n);
 }
 
-static void test_a_full_disk_loses_nothing(void **state)
+/* S20 */
+static void s20_a_full_disk_loses_nothing(void **state)
 {
     (void)state;
     kvl_store_place place;
@@ -601,7 +603,7 @@ int main(void)
         cmocka_unit_test(test_swapped_containers_are_damage),
         cmocka_unit_test(test_everything_is_there_after_reopening),
         cmocka_unit_test(test_order_of_use_survives),
-        cmocka_unit_test(test_a_killed_writer_leaves_whole_containers),
+        cmocka_unit_test(s20_a_killed_writer_leaves_whole_containers),
         cmocka_unit_test(test_containers_of_another_model_are_foreign),
         cmocka_unit_test(test_a_path_that_will_not_do_is_refused),
         cmocka_unit_test(test_another_format_is_refused_and_left_alone),
@@ -609,7 +611,7 @@ int main(void)
         cmocka_unit_test(test_a_damaged_database_is_put_aside),
         cmocka_unit_test(test_a_full_map_grows_then_evicts),
         cmocka_unit_test(test_a_map_at_its_limit_evicts),
-        cmocka_unit_test(test_a_full_disk_loses_nothing),
+        cmocka_unit_test(s20_a_full_disk_loses_nothing),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
