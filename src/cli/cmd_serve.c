@@ -30,7 +30,9 @@ enum {
     OPTION_ANSWERS,
     OPTION_WAITING,
     OPTION_STEP_ROWS,
-    OPTION_AUDIT
+    OPTION_AUDIT,
+    OPTION_DATA,
+    OPTION_FILES_MB
 };
 
 typedef struct arguments {
@@ -62,6 +64,9 @@ static const struct argp_option options[] = {
      "PEM, with its chain: HTTPS instead of HTTP; needs --tls-key", 0},
     {"tls-key", OPTION_TLS_KEY, "FILE", 0, "PEM; only its owner may read it", 0},
     {"served-name", OPTION_SERVED_NAME, "NAME", 0, "What the API calls the model (--model)", 0},
+    {"data", OPTION_DATA, "DIR", 0,
+     "Keep clients' files and batches there: /v1/files and /v1/batches", 0},
+    {"files-mb", OPTION_FILES_MB, "N", 0, "Most that a tenant's files may have (1024)", 0},
     {"answers", OPTION_ANSWERS, "N", 0, "Answers that are computed at once (64)", 0},
     {"waiting", OPTION_WAITING, "N", 0, "Requests that may wait; more are told to come again (256)",
      0},
@@ -118,6 +123,11 @@ static error_t parse(int key, char *text, struct argp_state *state)
     case OPTION_TLS_CERTIFICATE: wanted->http.certificate_file = text; return 0;
     case OPTION_TLS_KEY: wanted->http.certificate_key_file = text; return 0;
     case OPTION_SERVED_NAME: wanted->http.model_name = text; return 0;
+    case OPTION_DATA: wanted->http.data_path = text; return 0;
+    case OPTION_FILES_MB:
+        wanted->http.tenant_bytes_max =
+            (uint64_t)kvl_cli_number(state, "--files-mb", text, 1, 1 << 24) << 20;
+        return 0;
     case OPTION_ANSWERS:
         wanted->scheduler.n_running_max = kvl_cli_number(state, "--answers", text, 1, 512);
         return 0;

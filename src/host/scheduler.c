@@ -52,15 +52,21 @@ kvl_status kvl_scheduler_create(kvl_engine *engine, const kvl_scheduler_options 
     return KVL_OK;
 }
 
+static void destroy_list(kvl_branch *branch)
+{
+    while (branch != NULL) {
+        kvl_branch *next = branch->next;
+        kvl_branch_destroy(branch);
+        branch = next;
+    }
+}
+
 void kvl_scheduler_destroy(kvl_scheduler *scheduler)
 {
     if (scheduler == NULL) return;
     for (uint32_t i = 0; i < scheduler->n_running; i++) kvl_branch_destroy(scheduler->running[i]);
-    while (scheduler->waiting != NULL) {
-        kvl_branch *next = scheduler->waiting->next;
-        kvl_branch_destroy(scheduler->waiting);
-        scheduler->waiting = next;
-    }
+    destroy_list(scheduler->waiting);
+    destroy_list(scheduler->behind);
     while (scheduler->requests != NULL) {
         kvl_request *next = scheduler->requests->next;
         kvl_request_destroy(scheduler->requests);
@@ -124,9 +130,19 @@ static kvl_status check_request(const kvl_scheduler *scheduler, const kvl_genera
     return kvl_sampling_check(&asked->sampling, error);
 }
 
+static bool is_background(const kvl_branch *branch)
+{
+    return branch->request->asked.is_background;
+}
+
+static kvl_branch **list_of(kvl_scheduler *scheduler, const kvl_branch *branch)
+{
+    return is_background(branch) ? &scheduler->behind : &scheduler->waiting;
+}
+
 static void wait_last(kvl_scheduler *scheduler, kvl_branch *branch)
 {
-    kvl_branch **at = &scheduler->waiting;
+    kvl_branch **at = list_of(scheduler, branch);
     while (*at != NULL) at = &(*at)->next;
     *at = branch;
     branch->next = NULL;
@@ -135,8 +151,9 @@ static void wait_last(kvl_scheduler *scheduler, kvl_branch *branch)
 
 void kvl_scheduler_wait_first(kvl_scheduler *scheduler, kvl_branch *branch)
 {
-    branch->next = scheduler->waiting;
-    scheduler->waiting = branch;
+    kvl_branch **list = list_of(scheduler, branch);
+    branch->next = *list;
+    *list = branch;
     scheduler->stats.n_waiting++;
 }
 
@@ -144,7 +161,7 @@ kvl_status kvl_scheduler_submit(kvl_scheduler *scheduler, const kvl_generation *
                                 uint64_t *id, kvl_error *error)
 {
     KVL_TRY(check_request(scheduler, generation, error));
-    if (scheduler->n_new >= scheduler->options.n_waiting_max) {
+    if (!generation->is_background && scheduler->n_new >= scheduler->options.n_waiting_max) {
         scheduler->stats.n_refused++;
         return KVL_FAIL(error, KVL_ERR_BUSY, "%u requests are waiting already; try again later",
                         scheduler->n_new);
@@ -167,7 +184,7 @@ kvl_status kvl_scheduler_submit(kvl_scheduler *scheduler, const kvl_generation *
     request->id = *id = scheduler->next_id++;
     request->next = scheduler->requests;
     scheduler->requests = request;
-    scheduler->n_new++;
+    if (!generation->is_background) scheduler->n_new++;
     wait_last(scheduler, branch);
     return KVL_OK;
 }
@@ -176,6 +193,22 @@ void kvl_scheduler_cancel(kvl_scheduler *scheduler, uint64_t id)
 {
     for (kvl_request *request = scheduler->requests; request != NULL; request = request->next)
         if (request->id == id) request->is_cancelled = true;
+}
+
+void kvl_scheduler_cancel_all(kvl_scheduler *scheduler)
+{
+    for (kvl_request *request = scheduler->requests; request != NULL; request = request->next)
+        request->is_cancelled = true;
+}
+
+kvl_engine *kvl_scheduler_engine(const kvl_scheduler *scheduler)
+{
+    return scheduler->engine;
+}
+
+uint32_t kvl_scheduler_n_running_max(const kvl_scheduler *scheduler)
+{
+    return scheduler->options.n_running_max;
 }
 
 /* ---- telling and ending ---- */
@@ -197,7 +230,7 @@ static void remove_branch(kvl_scheduler *scheduler, kvl_branch *branch)
                 (scheduler->n_running - i) * sizeof(kvl_branch *));
         return;
     }
-    for (kvl_branch **at = &scheduler->waiting; *at != NULL; at = &(*at)->next) {
+    for (kvl_branch **at = list_of(scheduler, branch); *at != NULL; at = &(*at)->next) {
         if (*at != branch) continue;
         *at = branch->next;
         scheduler->stats.n_waiting--;
@@ -213,7 +246,7 @@ static void end_branch(kvl_scheduler *scheduler, kvl_branch *branch)
     kvl_ignore(kvl_sequence_keep(&branch->sequence, &error));
     kvl_request *request = branch->request;
     remove_branch(scheduler, branch);
-    if (!request->is_admitted) scheduler->n_new--;
+    if (!request->is_admitted && !request->asked.is_background) scheduler->n_new--;
     request->is_admitted = true;
     kvl_branch_destroy(branch);
     if (request->n_open == 0) remove_request(scheduler, request);
@@ -269,6 +302,8 @@ static kvl_branch *find_cancelled(const kvl_scheduler *scheduler)
         if (scheduler->running[i]->request->is_cancelled) return scheduler->running[i];
     for (kvl_branch *branch = scheduler->waiting; branch != NULL; branch = branch->next)
         if (branch->request->is_cancelled) return branch;
+    for (kvl_branch *branch = scheduler->behind; branch != NULL; branch = branch->next)
+        if (branch->request->is_cancelled) return branch;
     return NULL;
 }
 
@@ -294,6 +329,8 @@ static void strip_waiting(kvl_scheduler *scheduler)
 {
     for (kvl_branch *branch = scheduler->waiting; branch != NULL; branch = branch->next)
         kvl_sequence_forget(&branch->sequence, 0);
+    for (kvl_branch *branch = scheduler->behind; branch != NULL; branch = branch->next)
+        kvl_sequence_forget(&branch->sequence, 0);
 }
 
 /* What it has computed goes to the tree, from where it comes back when it is resumed, unless others
@@ -311,12 +348,39 @@ static void pause_branch(kvl_scheduler *scheduler, kvl_branch *branch)
     scheduler->stats.n_paused++;
 }
 
+bool kvl_scheduler_stands_still(const kvl_scheduler *scheduler, const kvl_branch *branch)
+{
+    if (!is_background(branch)) return false;
+    for (uint32_t i = 0; i < scheduler->n_running; i++)
+        if (!is_background(scheduler->running[i])) return true;
+    return false;
+}
+
+/* The first to be paused: of the background, or, where none of it runs, of all, the last that was
+ * admitted. */
+static kvl_branch *first_to_pause(const kvl_scheduler *scheduler)
+{
+    for (uint32_t i = scheduler->n_running; i-- > 0;)
+        if (is_background(scheduler->running[i])) return scheduler->running[i];
+    return scheduler->running[scheduler->n_running - 1];
+}
+
+/* Where one of the background runs, it is paused: for somebody else's pages or place. */
+static bool pause_background(kvl_scheduler *scheduler)
+{
+    if (scheduler->n_running == 0) return false;
+    kvl_branch *branch = first_to_pause(scheduler);
+    if (!is_background(branch)) return false;
+    pause_branch(scheduler, branch);
+    return true;
+}
+
 bool kvl_scheduler_make_room(kvl_scheduler *scheduler, kvl_branch *branch, uint32_t past)
 {
     const uint32_t n_missing = kvl_sequence_n_missing(&branch->sequence, past);
     if (!evict_until(scheduler, n_missing)) strip_waiting(scheduler);
     while (!evict_until(scheduler, n_missing)) {
-        kvl_branch *last = scheduler->running[scheduler->n_running - 1];
+        kvl_branch *last = first_to_pause(scheduler);
         pause_branch(scheduler, last);
         if (last == branch) return false;
     }
@@ -357,27 +421,41 @@ static bool has_room_for(kvl_scheduler *scheduler, kvl_branch *branch)
     return evict_until(scheduler, n_missing);
 }
 
+/* False: there is no room for it now. */
+static bool admit_branch(kvl_scheduler *scheduler, kvl_branch *branch)
+{
+    const uint32_t n_cached = branch->request->n_cached;
+    kvl_scheduler_adopt(scheduler, branch);
+    while (scheduler->n_running > 0 && !has_room_for(scheduler, branch)) {
+        if (!is_background(branch) && pause_background(scheduler)) continue;
+        /* What it has taken from the tree would be counted again. */
+        scheduler->stats.n_cached_tokens -= branch->request->n_cached - n_cached;
+        branch->request->n_cached = n_cached;
+        kvl_sequence_forget(&branch->sequence, 0);
+        return false;
+    }
+    remove_branch(scheduler, branch);
+    branch->order = scheduler->next_order++;
+    scheduler->running[scheduler->n_running++] = branch;
+    if (branch->request->is_admitted) return true;
+    branch->request->is_admitted = true;
+    if (!is_background(branch)) scheduler->n_new--;
+    scheduler->stats.n_prompt_tokens += branch->n_prompt;
+    return true;
+}
+
+static bool has_place(const kvl_scheduler *scheduler)
+{
+    return scheduler->n_running < scheduler->options.n_running_max;
+}
+
 void kvl_scheduler_admit(kvl_scheduler *scheduler)
 {
-    while (scheduler->waiting != NULL && scheduler->n_running < scheduler->options.n_running_max) {
-        kvl_branch *branch = scheduler->waiting;
-        const uint32_t n_cached = branch->request->n_cached;
-        kvl_scheduler_adopt(scheduler, branch);
-        if (scheduler->n_running > 0 && !has_room_for(scheduler, branch)) {
-            /* What it has taken from the tree would be counted again. */
-            scheduler->stats.n_cached_tokens -= branch->request->n_cached - n_cached;
-            branch->request->n_cached = n_cached;
-            kvl_sequence_forget(&branch->sequence, 0);
-            return;
-        }
-        remove_branch(scheduler, branch);
-        branch->order = scheduler->next_order++;
-        scheduler->running[scheduler->n_running++] = branch;
-        if (branch->request->is_admitted) continue;
-        branch->request->is_admitted = true;
-        scheduler->n_new--;
-        scheduler->stats.n_prompt_tokens += branch->n_prompt;
-    }
+    while (scheduler->waiting != NULL && (has_place(scheduler) || pause_background(scheduler)))
+        if (!admit_branch(scheduler, scheduler->waiting)) return;
+    while (scheduler->waiting == NULL && scheduler->behind != NULL && has_place(scheduler) &&
+           !kvl_scheduler_stands_still(scheduler, scheduler->behind))
+        if (!admit_branch(scheduler, scheduler->behind)) return;
 }
 
 void kvl_scheduler_stats_read(const kvl_scheduler *scheduler, kvl_scheduler_stats *stats)
@@ -386,4 +464,9 @@ void kvl_scheduler_stats_read(const kvl_scheduler *scheduler, kvl_scheduler_stat
     stats->n_running = scheduler->n_running;
     stats->free_pages = kvl_page_pool_n_free(scheduler->engine->pool);
     stats->tree_pages = kvl_prefix_tree_n_pages(scheduler->engine->tree);
+    stats->n_background = 0;
+    for (uint32_t i = 0; i < scheduler->n_running; i++)
+        stats->n_background += is_background(scheduler->running[i]) ? 1 : 0;
+    for (const kvl_branch *branch = scheduler->behind; branch != NULL; branch = branch->next)
+        stats->n_background++;
 }

@@ -8,6 +8,9 @@
  * When pages run out the branch that was admitted last is paused: its pages stay in the prefix tree
  * for as long as nobody else needs them, it is resumed from there, and what was lost is computed
  * again. Nothing is ever ended for want of pages.
+ * Requests in the background (rows of a batch) wait behind all others, stand still while any other
+ * is under way, and are the first to be paused for its pages or its place. They count in none of
+ * the limits of those that wait.
  * Greedy tokens of a branch are the same in every mix, paused or not, since every operation of the
  * backend gives a row the same bits in every batch (compute/backend.h).
  * Method   Orca (OSDI 2022), Sarathi-Serve (arXiv:2403.02310), RadixAttention (arXiv:2312.07104),
@@ -56,6 +59,7 @@ typedef struct kvl_generation {
     const char *const *stops; /* [n_stops] texts that end an answer, copied */
     uint32_t n_stops;         /* at most KVL_STOPS_MAX of KVL_STOP_BYTES_MAX bytes */
     bool ignore_end;          /* go on behind end tokens, for measuring */
+    bool is_background;       /* computed only while no other request is under way */
     /* Called during kvl_scheduler_step, also for a branch that drew nothing to show. Must not call
      * the scheduler. */
     void (*event)(void *context, const kvl_generation_event *event);
@@ -71,12 +75,13 @@ typedef struct kvl_scheduler_options {
     bool holds_whole_answers;
 } kvl_scheduler_options;
 
-/* Counted since the scheduler was made, but for the first four. */
+/* Counted since the scheduler was made, but for the first five. */
 typedef struct kvl_scheduler_stats {
     uint32_t n_running;  /* branches */
     uint32_t n_waiting;  /* branches, paused ones too */
     uint32_t free_pages; /* and what the tree could give back is not counted */
     uint32_t tree_pages;
+    uint32_t n_background; /* branches in the background, of both kinds */
     uint64_t n_steps;
     uint64_t n_prompt_tokens; /* of admitted requests */
     uint64_t n_cached_tokens; /* of those, found in the tree */
@@ -113,6 +118,13 @@ KVL_MUST_USE kvl_status kvl_scheduler_submit(kvl_scheduler *scheduler,
 /* Ends all branches of a request at the beginning of the next step, each with an event. An id that
  * is over already does nothing. */
 void kvl_scheduler_cancel(kvl_scheduler *scheduler, uint64_t id);
+
+/* The same for all requests. */
+void kvl_scheduler_cancel_all(kvl_scheduler *scheduler);
+/* The engine that it borrows. */
+kvl_engine *kvl_scheduler_engine(const kvl_scheduler *scheduler);
+/* Branches that one step may compute. */
+uint32_t kvl_scheduler_n_running_max(const kvl_scheduler *scheduler);
 
 /* One batch. True while there is anything left to do. Errors of a branch end that branch and come
  * as its event. */

@@ -23,6 +23,8 @@ struct kvl_service {
     kvl_stream *streams; /* not over; the engine thread's */
     bool (*work)(void *context, bool is_idle);
     void *work_context;
+    void (*feed)(void *context, kvl_scheduler *scheduler);
+    void *feed_context;
     _Atomic bool is_stopping;
     pthread_mutex_t lock; /* of state */
     kvl_service_state state;
@@ -165,12 +167,12 @@ void kvl_service_run(kvl_service *service)
         const bool is_idle = !has_work && service->streams == NULL;
         if (service->work != NULL) has_more = service->work(service->work_context, is_idle);
         look_after_streams(service);
+        if (service->feed != NULL) service->feed(service->feed_context, service->scheduler);
         has_work = kvl_scheduler_step(service->scheduler);
         look_after_streams(service);
     }
     drop_commands(service);
-    for (kvl_stream *stream = service->streams; stream != NULL; stream = stream->next)
-        kvl_scheduler_cancel(service->scheduler, stream->id);
+    kvl_scheduler_cancel_all(service->scheduler);
     while (kvl_scheduler_step(service->scheduler)) continue;
     look_after_streams(service);
     drop_streams(service);
@@ -200,6 +202,13 @@ void kvl_service_attach(kvl_service *service, bool (*work)(void *context, bool i
 {
     service->work = work;
     service->work_context = context;
+}
+
+void kvl_service_feed(kvl_service *service, void (*feed)(void *context, kvl_scheduler *scheduler),
+                      void *context)
+{
+    service->feed = feed;
+    service->feed_context = context;
 }
 
 void kvl_service_wake(kvl_service *service)

@@ -33,6 +33,10 @@ void kvl_service_stop(kvl_service *service);
  * called again without a wake. Before kvl_service_run. */
 void kvl_service_attach(kvl_service *service, bool (*work)(void *context, bool is_idle),
                         void *context);
+/* Has feed(context, scheduler) called on the engine thread before each step, to submit requests of
+ * the background. Before kvl_service_run. When the service stops, what runs is cancelled. */
+void kvl_service_feed(kvl_service *service, void (*feed)(void *context, kvl_scheduler *scheduler),
+                      void *context);
 /* Lets the engine thread look for attached work. Any thread. */
 void kvl_service_wake(kvl_service *service);
 

@@ -112,6 +112,29 @@ static bool is_empty(const json_t *value)
            (json_is_object(value) && json_object_size(value) == 0);
 }
 
+/* Answers that must be JSON, or fit a schema, need a decoder that masks tokens by a grammar, and no
+ * C library that does so is kept by a distribution. To answer freely where JSON was asked for would
+ * be a different promise, so it is refused. */
+static bool take_format(const kvl_api_request *request, kvl_api_error *error)
+{
+    const json_t *format = find(request, "response_format");
+    if (format == NULL) return true;
+    const char *type = json_string_value(json_object_get(format, "type"));
+    if (type != NULL && strcmp(type, "text") == 0) return true;
+    static const char remedy[] = "leave it out or send {\"type\": \"text\"}, ask for JSON in a "
+                                 "message and check the answer";
+    const char *name = request->kind == KVL_API_RESPONSE ? "text.format" : "response_format";
+    if (type == NULL)
+        return kvl_api_refuse(error, "response_format",
+                              "%s must be an object with the type \"text\"; %s", name, remedy);
+    (void)kvl_api_refuse(error, "response_format",
+                         "%s.type is '%.40s': this server does not constrain answers to JSON or a "
+                         "schema; %s",
+                         name, type, remedy);
+    error->code = "unsupported_value";
+    return false;
+}
+
 static bool refuse_unsupported(const kvl_api_request *request, kvl_api_error *error)
 {
     static const char *const names[] = {
@@ -130,15 +153,7 @@ static bool refuse_unsupported(const kvl_api_request *request, kvl_api_error *er
         error->code = "unsupported_parameter";
         return false;
     }
-    const json_t *format = find(request, "response_format");
-    const char *type = json_string_value(json_object_get(format, "type"));
-    if (format != NULL && (type == NULL || strcmp(type, "text") != 0)) {
-        (void)kvl_api_refuse(error, "response_format",
-                             "response_format must be {\"type\": \"text\"}: this server does not "
-                             "constrain answers to JSON");
-        error->code = "unsupported_parameter";
-        return false;
-    }
+    if (!take_format(request, error)) return false;
     const json_t *best_of = find(request, "best_of");
     if (best_of != NULL &&
         json_integer_value(best_of) != (json_int_t)request->generation.n_branches)

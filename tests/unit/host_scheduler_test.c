@@ -219,6 +219,8 @@ static void test_mixes_answer_as_each_alone(void **state)
             make_asked(&random, &all[i]);
             if (!holds && kvl_test_below(&random, 4) == 0)
                 all[i].generation.n_branches = 1 + kvl_test_below(&random, BRANCHES);
+            /* Rows of a batch behind them change nothing either, nor do they. */
+            all[i].generation.is_background = !holds && kvl_test_below(&random, 4) == 0;
             submit(scheduler, &all[i]);
             /* Requests come while others are under way. */
             for (uint32_t s = kvl_test_below(&random, 6); s > 0; s--)
@@ -239,6 +241,56 @@ static void test_mixes_answer_as_each_alone(void **state)
     /* Otherwise the mixes were not what this test is about. */
     assert_true(n_paused > 10);
     assert_true(n_cached > 0);
+}
+
+static uint32_t tokens_so_far(const asked *own)
+{
+    uint32_t n = 0;
+    for (uint32_t b = 0; b < own->generation.n_branches; b++) n += own->answers[b].n_tokens;
+    return n;
+}
+
+/* Whatever the background holds: a request gets its place and its pages in the very next step, and
+ * until it is over the background draws nothing; then it goes on, from where it was. */
+static void test_the_background_stands_still_for_others(void **state)
+{
+    fixture *f = *state;
+    kvl_random random = kvl_test_random();
+    enum { ROWS = 6 };
+    static asked rows[ROWS];
+    static asked urgent;
+    for (int round = 0; round < 20; round++) {
+        kvl_scheduler *scheduler = make_scheduler(f, 3, 64);
+        for (uint32_t i = 0; i < ROWS; i++) {
+            make_asked(&random, &rows[i]);
+            rows[i].generation.is_background = true;
+            submit(scheduler, &rows[i]);
+        }
+        for (uint32_t s = kvl_test_below(&random, 40); s > 0; s--)
+            (void)kvl_scheduler_step(scheduler);
+        make_asked(&random, &urgent);
+        submit(scheduler, &urgent);
+        uint32_t before = 0;
+        for (uint32_t i = 0; i < ROWS; i++) before += tokens_so_far(&rows[i]);
+        uint32_t n_steps = 0;
+        while (!urgent.is_over) {
+            (void)kvl_scheduler_step(scheduler);
+            n_steps++;
+        }
+        /* Steps of its prompt, and one for each token. */
+        assert_true(n_steps <= urgent.generation.n_ids / 32 + 1 + urgent.generation.max_tokens);
+        uint32_t after = 0;
+        for (uint32_t i = 0; i < ROWS; i++) after += tokens_so_far(&rows[i]);
+        assert_int_equal(after, before);
+        run_all(scheduler);
+        kvl_scheduler_stats stats;
+        kvl_scheduler_stats_read(scheduler, &stats);
+        assert_int_equal(stats.n_running + stats.n_waiting + stats.n_background, 0);
+        kvl_scheduler_destroy(scheduler);
+        assert_pages_back(f);
+        assert_same_tokens(f, &urgent);
+        for (uint32_t i = 0; i < ROWS; i++) assert_same_tokens(f, &rows[i]);
+    }
 }
 
 /* Requests with one prefix that come together compute it once. */
@@ -465,6 +517,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_mixes_answer_as_each_alone, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_the_background_stands_still_for_others, setup,
+                                        teardown),
         cmocka_unit_test_setup_teardown(test_a_common_prefix_is_computed_once, setup, teardown),
         cmocka_unit_test_setup_teardown(test_branches_draw_by_their_own_seed, setup, teardown),
         cmocka_unit_test_setup_teardown(test_stop_texts_cut_the_answer, setup, teardown),
