@@ -32,6 +32,7 @@ enum {
     OPTION_STEP_ROWS,
     OPTION_AUDIT,
     OPTION_DATA,
+    OPTION_QUALITY,
     OPTION_FILES_MB
 };
 
@@ -64,6 +65,9 @@ static const struct argp_option options[] = {
      "PEM, with its chain: HTTPS instead of HTTP; needs --tls-key", 0},
     {"tls-key", OPTION_TLS_KEY, "FILE", 0, "PEM; only its owner may read it", 0},
     {"served-name", OPTION_SERVED_NAME, "NAME", 0, "What the API calls the model (--model)", 0},
+    {"quality", OPTION_QUALITY, "NAME", 0,
+     "How chats that name none may reuse texts: exact (default), balanced, fast, verified, healed",
+     0},
     {"data", OPTION_DATA, "DIR", 0,
      "Keep clients' files and batches there: /v1/files and /v1/batches", 0},
     {"files-mb", OPTION_FILES_MB, "N", 0, "Most that a tenant's files may have (1024)", 0},
@@ -123,6 +127,7 @@ static error_t parse(int key, char *text, struct argp_state *state)
     case OPTION_TLS_CERTIFICATE: wanted->http.certificate_file = text; return 0;
     case OPTION_TLS_KEY: wanted->http.certificate_key_file = text; return 0;
     case OPTION_SERVED_NAME: wanted->http.model_name = text; return 0;
+    case OPTION_QUALITY: wanted->http.quality = text; return 0;
     case OPTION_DATA: wanted->http.data_path = text; return 0;
     case OPTION_FILES_MB:
         wanted->http.tenant_bytes_max =

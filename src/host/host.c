@@ -135,6 +135,7 @@ static kvl_status create_parts(kvl_host *host, const kvl_host_options *options, 
     if (options->scheduler != NULL) {
         KVL_TRY(kvl_service_create(host->engine, options->scheduler, &host->service, error));
         kvl_service_attach(host->service, do_waiting_tasks, host);
+        kvl_service_fill(host->service, host_fill, host);
     }
     const kvl_exchange_options exchange = {
         .name = options->name,
@@ -189,6 +190,7 @@ void kvl_host_destroy(kvl_host *host)
     kvl_queue_destroy(host->tasks);
     kvl_service_destroy(host->service);
     heal_deinit(host);
+    host_reads_deinit(host);
     if (host->quality.path != NULL) host_save_quality(host);
     quality_deinit(&host->quality);
     kvl_anchor_pool_destroy(host->anchors);
@@ -368,7 +370,8 @@ static bool do_waiting_tasks(void *context, bool is_idle)
     kvl_host *host = context;
     while (!host->stopping) {
         waiting_task *task = kvl_queue_try_pop(host->tasks);
-        if (task == NULL) return is_idle && heal_when_idle(host);
+        if (task == NULL && is_idle) host_read_step(host);
+        if (task == NULL) return (is_idle && heal_when_idle(host)) || host->reads.n > 0;
         do_task(host, task);
         kvl_free(task);
     }

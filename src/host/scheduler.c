@@ -157,35 +157,71 @@ void kvl_scheduler_wait_first(kvl_scheduler *scheduler, kvl_branch *branch)
     scheduler->stats.n_waiting++;
 }
 
-kvl_status kvl_scheduler_submit(kvl_scheduler *scheduler, const kvl_generation *generation,
-                                uint64_t *id, kvl_error *error)
+static kvl_status check_room(kvl_scheduler *scheduler, const kvl_generation *generation,
+                             kvl_error *error)
 {
     KVL_TRY(check_request(scheduler, generation, error));
-    if (!generation->is_background && scheduler->n_new >= scheduler->options.n_waiting_max) {
-        scheduler->stats.n_refused++;
-        return KVL_FAIL(error, KVL_ERR_BUSY, "%u requests are waiting already; try again later",
-                        scheduler->n_new);
-    }
-    kvl_sequence sequence;
+    if (generation->is_background || scheduler->n_new < scheduler->options.n_waiting_max)
+        return KVL_OK;
+    scheduler->stats.n_refused++;
+    return KVL_FAIL(error, KVL_ERR_BUSY, "%u requests are waiting already; try again later",
+                    scheduler->n_new);
+}
+
+/* Takes the sequence. */
+static kvl_status queue(kvl_scheduler *scheduler, const kvl_generation *generation,
+                        kvl_sequence *sequence, kvl_request **queued, kvl_error *error)
+{
     kvl_request *request = NULL;
     kvl_branch *branch = NULL;
-    KVL_TRY(kvl_sequence_init(&sequence, scheduler->engine, generation->salt, generation->ids,
-                              generation->n_ids, error));
     kvl_status status = kvl_request_create(generation, &request, error);
     if (status != KVL_OK) {
-        kvl_sequence_deinit(&sequence);
+        kvl_sequence_deinit(sequence);
         return status;
     }
-    status = kvl_branch_create(request, 0, generation->n_ids, &sequence, &branch, error);
+    status = kvl_branch_create(request, 0, generation->n_ids, sequence, &branch, error);
     if (status != KVL_OK) {
         kvl_request_destroy(request);
         return status;
     }
-    request->id = *id = scheduler->next_id++;
+    request->id = scheduler->next_id++;
     request->next = scheduler->requests;
     scheduler->requests = request;
     if (!generation->is_background) scheduler->n_new++;
     wait_last(scheduler, branch);
+    *queued = request;
+    return KVL_OK;
+}
+
+kvl_status kvl_scheduler_submit(kvl_scheduler *scheduler, const kvl_generation *generation,
+                                uint64_t *id, kvl_error *error)
+{
+    KVL_TRY(check_room(scheduler, generation, error));
+    kvl_sequence sequence;
+    kvl_request *request = NULL;
+    KVL_TRY(kvl_sequence_init(&sequence, scheduler->engine, generation->salt, generation->ids,
+                              generation->n_ids, error));
+    KVL_TRY(queue(scheduler, generation, &sequence, &request, error));
+    *id = request->id;
+    return KVL_OK;
+}
+
+kvl_status kvl_scheduler_submit_filled(kvl_scheduler *scheduler, const kvl_generation *generation,
+                                       kvl_sequence *sequence, uint32_t n_cached,
+                                       const kvl_reuse_report *report, uint64_t *id,
+                                       kvl_error *error)
+{
+    const kvl_status status = check_room(scheduler, generation, error);
+    kvl_request *request = NULL;
+    if (status != KVL_OK) {
+        kvl_sequence_deinit(sequence);
+        return status;
+    }
+    KVL_TRY(queue(scheduler, generation, sequence, &request, error));
+    request->n_cached = n_cached;
+    request->reuse = *report;
+    scheduler->stats.n_cached_tokens += n_cached;
+    *id = request->id;
     return KVL_OK;
 }
 
@@ -271,6 +307,7 @@ void kvl_scheduler_tell(kvl_scheduler *scheduler, kvl_branch *branch, const kvl_
         .finish = finish,
         .n_tokens = branch->sequence.n_ids - branch->n_prompt,
         .n_cached = request->n_cached,
+        .reuse = request->reuse,
         .is_last = request->n_open == 0,
         .error = error,
     };
@@ -289,6 +326,7 @@ void kvl_scheduler_end(kvl_scheduler *scheduler, kvl_branch *branch, kvl_finish 
                                                 .text = "",
                                                 .finish = finish,
                                                 .n_cached = request->n_cached,
+                                                .reuse = request->reuse,
                                                 .error = error};
             request->asked.event(request->asked.context, &event);
         }

@@ -323,6 +323,15 @@ static void end(kvl_http *http)
 
 static kvl_status start(kvl_http *http, const kvl_http_options *options, kvl_error *error)
 {
+    if (options->quality != NULL && !kvl_api_quality_of(options->quality, &http->quality))
+        return KVL_FAIL(error, KVL_ERR_INVALID,
+                        "quality is '%.20s'; it must be exact, balanced, fast, verified or healed",
+                        options->quality);
+    if (http->quality != KVL_REUSE_EXACT && !kvl_service_fills(http->service))
+        return KVL_FAIL(error, KVL_ERR_INVALID,
+                        "quality '%s' needs a host with a store: give --name, --listen, --store "
+                        "and --key-file",
+                        options->quality);
     KVL_TRY(kvl_http_keys_open(options->keys_file, &http->keys, error));
     KVL_TRY(kvl_http_tls_load(http, options, error));
     KVL_TRY(kvl_http_listen(http, options->address, error));

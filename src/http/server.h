@@ -45,6 +45,7 @@ struct kvl_http {
     char address[KVL_HTTP_ADDRESS_BYTES + 16];
     char unix_path[KVL_HTTP_ADDRESS_BYTES]; /* to remove at the end, or "" */
     char model_name[128];
+    kvl_reuse_quality quality; /* of chats that name none */
     int64_t start_s;
     _Atomic bool is_stopping;
     pthread_mutex_t lock;                       /* of what follows */
