@@ -13,6 +13,7 @@ enum {
     QUESTION_BYTES_MAX = 8192,
     OPTION_JSON = 256,
     OPTION_QUALITY,
+    OPTION_DONORS,
     OPTION_TOP
 };
 
@@ -21,6 +22,7 @@ typedef struct arguments {
     const char *collection, *question;
     Kvloom__V1__Quality quality;
     const char *quality_name;
+    Kvloom__V1__Donors donors;
     uint32_t n_top, max_tokens;
     bool json;
 } arguments;
@@ -29,6 +31,10 @@ static const struct argp_option options[] = {
     {"collection", 'C', "C", 0, "Name of the collection, or its directory (default)", 0},
     {"top", OPTION_TOP, "N", 0, "Chunks to answer from (6)", 0},
     {"quality", OPTION_QUALITY, "Q", 0, "exact, verified, balanced or fast (balanced)", 0},
+    {"donors", OPTION_DONORS, "USE", 0,
+     "on, read or off: KV of chunks as they stood in exact prompts before, used and kept, or only "
+     "used (on)",
+     0},
     {"max-tokens", 'n', "N", 0, "Longest answer in tokens (128)", 0},
     {"json", OPTION_JSON, NULL, 0, "Print one JSON object instead of streaming", 0},
     {0},
@@ -55,6 +61,18 @@ static void parse_quality(arguments *wanted, const char *text, const struct argp
     argp_error(state, "--quality is '%s'; it must be exact, verified, balanced or fast", text);
 }
 
+static void parse_donors(arguments *wanted, const char *text, const struct argp_state *state)
+{
+    if (strcmp(text, "on") == 0)
+        wanted->donors = KVLOOM__V1__DONORS__DONORS_ON;
+    else if (strcmp(text, "read") == 0)
+        wanted->donors = KVLOOM__V1__DONORS__DONORS_READ;
+    else if (strcmp(text, "off") == 0)
+        wanted->donors = KVLOOM__V1__DONORS__DONORS_OFF;
+    else
+        argp_error(state, "--donors is '%s'; it must be on, read or off", text);
+}
+
 static error_t parse(int key, char *text, struct argp_state *state)
 {
     arguments *wanted = state->input;
@@ -65,6 +83,7 @@ static error_t parse(int key, char *text, struct argp_state *state)
         wanted->n_top = kvl_cli_number(state, "--top", text, 1, KVL_RAG_CHUNKS_MAX);
         return 0;
     case OPTION_QUALITY: parse_quality(wanted, text, state); return 0;
+    case OPTION_DONORS: parse_donors(wanted, text, state); return 0;
     case 'n':
         wanted->max_tokens = kvl_cli_number(state, "--max-tokens", text, 1, KVL_POSITIONS_MAX);
         return 0;
@@ -123,6 +142,9 @@ static kvl_status run(answer *a, kvl_error *error)
     if (status == KVL_OK) {
         prompt.run.mode = KVLOOM__V1__MODE__MODE_REUSE;
         prompt.run.quality = a->wanted->quality;
+        prompt.run.donors = a->wanted->donors;
+        /* Ids are keyed by the collection's own key, so one name does for all of them. */
+        prompt.run.collection = (char *)(uintptr_t) "collection";
         prompt.run.max_tokens = a->wanted->max_tokens;
         status = kvl_local_host_run(a->rag.host, &prompt.run, &a->reply, error);
     }
@@ -204,11 +226,12 @@ static json_t *sources_of(const answer *a)
         const Kvloom__V1__PartReport *part = part_of(a, i);
         if (part == NULL) continue;
         (void)json_array_append_new(
-            sources, json_pack("{s:s, s:i, s:f, s:i, s:i, s:i, s:i, s:s}", "path", found->path,
-                               "chunk", (int)found->place, "score", found->score, "tokens",
-                               (int)part->n_tokens, "shared", (int)part->shared, "blended",
-                               (int)(part->blended + part->placed + part->offset), "computed",
-                               (int)part->computed, "reason", part->reason));
+            sources,
+            json_pack("{s:s, s:i, s:f, s:i, s:b, s:i, s:i, s:i, s:s}", "path", found->path, "chunk",
+                      (int)found->place, "score", found->score, "tokens", (int)part->n_tokens,
+                      "donor", (int)part->donor, "shared", (int)part->shared, "blended",
+                      (int)(part->blended + part->placed + part->offset), "computed",
+                      (int)part->computed, "reason", part->reason));
     }
     return sources;
 }

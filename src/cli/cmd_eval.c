@@ -2,8 +2,10 @@
  * is run in full, then with each policy, by one host that has read all chunks before. */
 #include "base/alloc.h"
 #include "cli/eval.h"
+#include "reuse/correct.h"
 
 #include <argp.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum {
@@ -14,20 +16,25 @@ enum {
     PRIMER_TEXTS = 3,
     PRIMER_TEXT_BYTES = 600,
     PRIMER_BYTES = 2048,
+    WARM_SOURCES_LEAST = 6,
+    WARM_VERSION = 1000, /* of prompts: none that is evaluated has so many */
     OPTION_JSON = 256,
     OPTION_QUICK,
     OPTION_SEED,
     OPTION_TEXTS,
     OPTION_SCENARIOS,
+    OPTION_POLICIES,
     OPTION_SAVE,
     OPTION_FROM,
-    OPTION_HOME
+    OPTION_HOME,
+    OPTION_CORRECT
 };
 
 typedef struct arguments {
     kvl_cli_engine engine;
     uint32_t n_prompts, seed;
-    const char *texts, *scenarios, *save, *from, *home;
+    const char *texts, *scenarios, *policies, *save, *from, *home, *correct;
+    eval_warmth warmth;
     bool json, is_quick;
 } arguments;
 
@@ -36,10 +43,13 @@ static const struct argp_option options[] = {
     {"seed", OPTION_SEED, "N", 0, "Other prompts: tune on some, report others (1)", 0},
     {"texts", OPTION_TEXTS, "DIR", 0, "Directory of *.txt to make prompts from", 0},
     {"scenarios", OPTION_SCENARIOS, "NAME,...", 0, "Only these, as the table names them", 0},
+    {"policies", OPTION_POLICIES, "NAME,...", 0, "Only these, as the table names them", 0},
     {"home", OPTION_HOME, "HOME", 0,
      "What texts are read behind: header, nothing, or primer, which is header and three of the "
-     "texts (header)",
+     "texts; donor: as they stood in other exact prompts (header)",
      0},
+    {"correct", OPTION_CORRECT, "NAME,...", 0,
+     "Each policy also with these corrections of what is placed: mean, probe", 0},
     {"save", OPTION_SAVE, "FILE", 0, "Add what was seen of every prompt to a file", 0},
     {"from", OPTION_FROM, "FILE", 0, "Run nothing: the figures of a file that --save made", 0},
     {"quick", OPTION_QUICK, NULL, 0, "A few policies; without --prompts, one prompt each", 0},
@@ -59,21 +69,56 @@ static bool has_name(const char *list, const char *name)
     return false;
 }
 
-static void check_scenarios(const char *list, struct argp_state *state)
+static const char *scenario_name(uint32_t at)
+{
+    return eval_scenarios[at].name;
+}
+
+static const char *policy_name(uint32_t at)
+{
+    return eval_policies[at].name;
+}
+
+/* Every name of a list must be one that name_of gives before it gives NULL. */
+static void check_names(const char *option, const char *list, const char *(*name_of)(uint32_t),
+                        struct argp_state *state)
 {
     char *copy = kvl_strdup(list);
     char *rest = NULL;
-    if (copy == NULL) argp_failure(state, KVL_EXIT_FAILED, 0, "no memory for the scenarios");
+    if (copy == NULL) argp_failure(state, KVL_EXIT_FAILED, 0, "no memory for %s", option);
     for (char *name = strtok_r(copy, ",", &rest); name != NULL; name = strtok_r(NULL, ",", &rest)) {
-        uint32_t s = 0;
-        while (eval_scenarios[s].name != NULL && strcmp(eval_scenarios[s].name, name) != 0) s++;
-        if (eval_scenarios[s].name == NULL)
-            argp_error(state,
-                       "--scenarios has '%s'; there are needle3, needle6, needle12, cut6, "
-                       "edited6, read6, open6 and agents5",
-                       name);
+        uint32_t at = 0;
+        while (name_of(at) != NULL && strcmp(name_of(at), name) != 0) at++;
+        if (name_of(at) != NULL) continue;
+        (void)fprintf(stderr, "kvloom: %s has '%s'; there are", option, name);
+        for (at = 0; name_of(at) != NULL; at++) (void)fprintf(stderr, " %s", name_of(at));
+        (void)fprintf(stderr, "\n");
+        exit(KVL_EXIT_USAGE);
     }
     kvl_free(copy);
+}
+
+/* Prompts here have no templates that come again, and so no anchors. */
+static const char *correction_name(uint32_t at)
+{
+    static const char *const corrections[] = {"none", "mean", "probe", NULL};
+    return corrections[at];
+}
+
+static void parse_home(arguments *wanted, const char *text, const struct argp_state *state)
+{
+    wanted->warmth.keeps_donors = strcmp(text, "donor") == 0;
+    wanted->home = wanted->warmth.keeps_donors ? "header" : text;
+    if (strcmp(wanted->home, "header") != 0 && strcmp(text, "nothing") != 0 &&
+        strcmp(text, "primer") != 0)
+        argp_error(state, "--home is '%s'; it must be header, nothing, primer or donor", text);
+}
+
+static void parse_corrections(arguments *wanted, const char *text, struct argp_state *state)
+{
+    check_names("--correct", text, correction_name, state);
+    wanted->correct = text;
+    wanted->warmth.learns_means = has_name(text, "mean");
 }
 
 static error_t parse(int key, char *text, struct argp_state *state)
@@ -86,17 +131,17 @@ static error_t parse(int key, char *text, struct argp_state *state)
         return 0;
     case OPTION_SEED: wanted->seed = kvl_cli_number(state, "--seed", text, 1, 1 << 30); return 0;
     case OPTION_TEXTS: wanted->texts = text; return 0;
-    case OPTION_HOME:
-        if (strcmp(text, "header") != 0 && strcmp(text, "nothing") != 0 &&
-            strcmp(text, "primer") != 0)
-            argp_error(state, "--home is '%s'; it must be header, nothing or primer", text);
-        wanted->home = text;
-        return 0;
+    case OPTION_HOME: parse_home(wanted, text, state); return 0;
+    case OPTION_CORRECT: parse_corrections(wanted, text, state); return 0;
     case OPTION_SAVE: wanted->save = text; return 0;
     case OPTION_FROM: wanted->from = text; return 0;
     case OPTION_SCENARIOS:
-        check_scenarios(text, state);
+        check_names("--scenarios", text, scenario_name, state);
         wanted->scenarios = text;
+        return 0;
+    case OPTION_POLICIES:
+        check_names("--policies", text, policy_name, state);
+        wanted->policies = text;
         return 0;
     case OPTION_QUICK: wanted->is_quick = true; return 0;
     case OPTION_JSON: wanted->json = true; return 0;
@@ -141,8 +186,9 @@ static void set_home(const evaluation *e, Kvloom__V1__RunTask *run)
 }
 
 static kvl_status ask(evaluation *e, const eval_prompt *prompt, Kvloom__V1__Mode mode,
-                      const eval_policy *by, Kvloom__V1__RunReply **reply, kvl_error *error)
+                      uint32_t policy, Kvloom__V1__RunReply **reply, kvl_error *error)
 {
+    const eval_policy *by = &eval_policies[policy % eval_policy_number(0, 1)];
     eval_task made;
     eval_task_make(prompt, &made);
     made.run.mode = mode;
@@ -153,6 +199,11 @@ static kvl_status ask(evaluation *e, const eval_prompt *prompt, Kvloom__V1__Mode
     made.run.align = true; /* all texts are read, but for those that were edited since */
     made.run.evaluate = mode == KVLOOM__V1__MODE__MODE_REUSE;
     set_home(e, &made.run);
+    if (mode == KVLOOM__V1__MODE__MODE_REUSE) {
+        eval_warmth_set(&e->wanted->warmth, true, &made.run);
+        const char *correct = kvl_corrections[policy / eval_policy_number(0, 1)].name;
+        made.run.correct = (char *)(uintptr_t)correct;
+    }
     return kvl_local_host_run(e->host, &made.run, reply, error);
 }
 
@@ -221,8 +272,8 @@ static kvl_status make_prompt(evaluation *e, uint32_t s, uint32_t index, uint32_
 {
     const eval_scenario *scenario = &eval_scenarios[s];
     if (scenario->kind == EVAL_AGENTS)
-        return eval_agents_make(&e->corpus, &e->workflow, e->host, e->wanted->seed, index, prompt,
-                                error);
+        return eval_agents_make(&e->corpus, &e->workflow, e->host, &e->wanted->warmth,
+                                e->wanted->seed, index, prompt, error);
     return eval_prompt_make(&e->corpus, scenario, e->wanted->seed, index, version, prompt, error);
 }
 
@@ -230,7 +281,7 @@ static kvl_status make_prompt(evaluation *e, uint32_t s, uint32_t index, uint32_
 static kvl_status run_full(evaluation *e, uint32_t s, const eval_prompt *prompt, bool is_first,
                            Kvloom__V1__RunReply **full, kvl_error *error)
 {
-    KVL_TRY(ask(e, prompt, KVLOOM__V1__MODE__MODE_FULL, &eval_policies[0], full, error));
+    KVL_TRY(ask(e, prompt, KVLOOM__V1__MODE__MODE_FULL, 0, full, error));
     if (!is_first) return KVL_OK;
     return keep(e, s, EVAL_POLICIES_MAX, record_of(prompt, *full, *full), error);
 }
@@ -239,10 +290,23 @@ static kvl_status run_policy(evaluation *e, uint32_t s, uint32_t policy, const e
                              const Kvloom__V1__RunReply *full, kvl_error *error)
 {
     Kvloom__V1__RunReply *reply = NULL;
-    KVL_TRY(ask(e, prompt, KVLOOM__V1__MODE__MODE_REUSE, &eval_policies[policy], &reply, error));
+    KVL_TRY(ask(e, prompt, KVLOOM__V1__MODE__MODE_REUSE, policy, &reply, error));
     const eval_record record = record_of(prompt, full, reply);
     kvloom__v1__run_reply__free_unpacked(reply, NULL);
     return keep(e, s, policy, record, error);
+}
+
+static bool is_wanted(const evaluation *e, uint32_t s, uint32_t p, uint32_t c)
+{
+    const eval_policy *policy = &eval_policies[p];
+    if (!has_name(e->wanted->policies, policy->name)) return false;
+    if (e->wanted->policies == NULL && e->wanted->is_quick && !policy->is_quick) return false;
+    if (eval_scenarios[s].kind == EVAL_AGENTS && policy->is_gated) return false;
+    /* What is checked is full prefill's, however it was corrected before. */
+    const bool is_checked =
+        policy->is_gated || policy->quality == KVLOOM__V1__QUALITY__QUALITY_VERIFIED;
+    return c == 0 || (!is_checked && e->wanted->correct != NULL &&
+                      has_name(e->wanted->correct, kvl_corrections[c].name));
 }
 
 /* An edited text is read behind its first answer, so every policy gets an edit of its own; and what
@@ -250,24 +314,25 @@ static kvl_status run_policy(evaluation *e, uint32_t s, uint32_t policy, const e
 static kvl_status compare(evaluation *e, uint32_t s, uint32_t index, eval_prompt *prompt,
                           kvl_error *error)
 {
-    const eval_kind kind = eval_scenarios[s].kind;
+    const bool is_edited = eval_scenarios[s].kind == EVAL_EDITED;
     Kvloom__V1__RunReply *full = NULL;
     kvl_status status = KVL_OK;
-    for (uint32_t p = 0; eval_policies[p].name != NULL && status == KVL_OK; p++) {
-        if (e->wanted->is_quick && !eval_policies[p].is_quick) continue;
-        if (kind == EVAL_AGENTS && eval_policies[p].is_gated) continue;
+    uint32_t policy = EVAL_POLICIES_MAX;
+    while (eval_policy_next(&policy) && status == KVL_OK) {
+        const uint32_t p = policy % eval_policy_number(0, 1);
+        if (!is_wanted(e, s, p, policy / eval_policy_number(0, 1))) continue;
         const bool is_first = full == NULL;
-        const bool is_own = kind == EVAL_EDITED || eval_policies[p].is_gated;
+        const bool is_own = is_edited || eval_policies[p].is_gated;
         if (is_own) {
             eval_prompt_deinit(prompt);
-            status = make_prompt(e, s, index, p + 1, prompt, error);
+            status = make_prompt(e, s, index, policy + 1, prompt, error);
         }
         if (status == KVL_OK && (is_first || is_own)) {
             if (full != NULL) kvloom__v1__run_reply__free_unpacked(full, NULL);
             full = NULL;
             status = run_full(e, s, prompt, is_first, &full, error);
         }
-        if (status == KVL_OK) status = run_policy(e, s, p, prompt, full, error);
+        if (status == KVL_OK) status = run_policy(e, s, policy, prompt, full, error);
     }
     if (full != NULL) kvloom__v1__run_reply__free_unpacked(full, NULL);
     return status;
@@ -284,6 +349,65 @@ static kvl_status run_prompt(evaluation *e, uint32_t s, uint32_t index, kvl_erro
     return status;
 }
 
+static kvl_status run_warm_prompt(evaluation *e, uint32_t s, uint32_t index,
+                                  const eval_warm_up *warm, uint32_t of_warm, kvl_error *error)
+{
+    eval_prompt prompt;
+    KVL_TRY(make_prompt(e, s, index, WARM_VERSION + of_warm, &prompt, error));
+    kvl_status status = KVL_OK;
+    if (!eval_warm_up_fill(warm, of_warm, &prompt))
+        status = KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a prompt");
+    if (status == KVL_OK) status = read_slots(e, &prompt, error);
+    if (status == KVL_OK) {
+        eval_task made;
+        eval_task_make(&prompt, &made);
+        made.run.mode = KVLOOM__V1__MODE__MODE_REUSE;
+        made.run.quality = KVLOOM__V1__QUALITY__QUALITY_EXACT;
+        made.run.max_tokens = 1;
+        set_home(e, &made.run);
+        eval_warmth_set(&e->wanted->warmth, false, &made.run);
+        Kvloom__V1__RunReply *reply = NULL;
+        status = kvl_local_host_run(e->host, &made.run, &reply, error);
+        if (reply != NULL) kvloom__v1__run_reply__free_unpacked(reply, NULL);
+    }
+    eval_prompt_deinit(&prompt);
+    return status;
+}
+
+/* Texts of the prompts from `first` on, and of some more where these are few. */
+static kvl_status gather(evaluation *e, uint32_t s, uint32_t first, eval_warm_up *warm,
+                         kvl_error *error)
+{
+    const uint32_t n_left = e->wanted->n_prompts - first;
+    uint32_t n = n_left < EVAL_WARM_GROUP ? n_left : EVAL_WARM_GROUP;
+    if (n < WARM_SOURCES_LEAST) n = WARM_SOURCES_LEAST;
+    for (uint32_t i = 0; i < n; i++) {
+        eval_prompt prompt;
+        KVL_TRY(make_prompt(e, s, first + i, 0, &prompt, error));
+        const bool is_added = eval_warm_up_add(warm, &prompt);
+        eval_prompt_deinit(&prompt);
+        if (!is_added) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a warm-up");
+    }
+    if (!eval_warm_up_draw(warm, e->wanted->seed + first))
+        return KVL_FAIL(error, KVL_ERR_INVALID,
+                        "%s has too few texts for prompts that are not the evaluated ones",
+                        eval_scenarios[s].name);
+    return KVL_OK;
+}
+
+/* Before the prompts of one pool: donors and means of their texts. Agents leave their own. */
+static kvl_status warm_up(evaluation *e, uint32_t s, uint32_t first, kvl_error *error)
+{
+    if (!eval_warmth_is_wanted(&e->wanted->warmth)) return KVL_OK;
+    if (first % EVAL_WARM_GROUP != 0 || eval_scenarios[s].kind == EVAL_AGENTS) return KVL_OK;
+    eval_warm_up warm = {.n_texts = 0};
+    kvl_status status = gather(e, s, first, &warm, error);
+    for (uint32_t i = 0; i < warm.n_prompts && status == KVL_OK; i++)
+        status = run_warm_prompt(e, s, first + i % EVAL_WARM_GROUP, &warm, i, error);
+    eval_warm_up_deinit(&warm);
+    return status;
+}
+
 static kvl_status run_all(evaluation *e, kvl_error *error)
 {
     const uint32_t n = e->wanted->n_prompts;
@@ -291,6 +415,7 @@ static kvl_status run_all(evaluation *e, kvl_error *error)
         if (!has_name(e->wanted->scenarios, eval_scenarios[s].name)) continue;
         for (uint32_t i = 0; i < n; i++) {
             const size_t n_before = e->records.n;
+            KVL_TRY(warm_up(e, s, i, error));
             KVL_TRY(run_prompt(e, s, i, error));
             /* At once: hours of work should outlive whatever ends them. */
             if (e->wanted->save != NULL)

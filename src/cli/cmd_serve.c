@@ -19,6 +19,7 @@ enum {
     OPTION_KEY = 256,
     OPTION_STORE_MB,
     OPTION_MEMORY_MB,
+    OPTION_DONORS_MB,
     OPTION_WITH_PARENT,
     OPTION_PAPER,
     OPTION_PAGES,
@@ -55,6 +56,8 @@ static const struct argp_option options[] = {
      0},
     {"store-mb", OPTION_STORE_MB, "N", 0, "Most that is kept on disk (4096)", 0},
     {"memory-mb", OPTION_MEMORY_MB, "N", 0, "Most that is kept in memory (1024)", 0},
+    {"donors-mb", OPTION_DONORS_MB, "N", 0,
+     "Most that is kept of texts as they stood in exact prompts; 0: nothing (1024)", 0},
     {"pages", OPTION_PAGES, "N", 0, "Pages of 16 tokens of KV (three contexts)", 0},
     {"http", OPTION_HTTP, "ADDRESS", 0,
      "Serve OpenAI's API at 127.0.0.1:PORT, [::1]:PORT or unix:/PATH; the options above are then "
@@ -118,6 +121,10 @@ static error_t parse(int key, char *text, struct argp_state *state)
     case OPTION_MEMORY_MB:
         host->memory_bytes_max = (uint64_t)kvl_cli_number(state, "--memory-mb", text, 1, 1 << 24)
                                  << 20;
+        return 0;
+    case OPTION_DONORS_MB:
+        host->donor_bytes_max = (uint64_t)kvl_cli_number(state, "--donors-mb", text, 0, 1 << 24)
+                                << 20;
         return 0;
     case OPTION_PAGES:
         host->engine.n_pages = kvl_cli_number(state, "--pages", text, 16, 1 << 24);

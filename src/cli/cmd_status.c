@@ -54,7 +54,7 @@ typedef struct figure {
     uint64_t value;
 } figure;
 
-enum { FIGURES = 14 };
+enum { FIGURES = 16 };
 
 static void take(const Kvloom__V1__StatusReply *s, figure *figures)
 {
@@ -73,6 +73,8 @@ static void take(const Kvloom__V1__StatusReply *s, figure *figures)
         {"differed_tokens", s->differed_tokens},
         {"gated", s->gated},
         {"healed_first", s->healed_first},
+        {"donors", s->donors},
+        {"donor_bytes", s->donor_bytes},
     };
     memcpy(figures, all, sizeof all);
 }

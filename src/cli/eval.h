@@ -12,8 +12,9 @@ enum {
     EVAL_POOL = 24,
     EVAL_PIECES_MAX = 2 * EVAL_CHUNKS_MAX + 8,
     EVAL_NEEDLE_MAX = 32,
-    EVAL_POLICIES_MAX = 24,
-    EVAL_SCENARIOS_MAX = 12
+    EVAL_NAME_MAX = 48,
+    EVAL_POLICIES_MAX = 32,
+    EVAL_SCENARIOS_MAX = 16
 };
 
 /* ---- texts ---- */
@@ -34,10 +35,12 @@ void eval_corpus_deinit(eval_corpus *corpus);
 /* ---- prompts ---- */
 
 typedef enum eval_kind {
-    EVAL_NEEDLE, /* one chunk states the fact that is asked for; every other states another one */
+    EVAL_NEEDLE, /* one chunk states the fact that is asked for; every other states another one.
+                    The answer's beginning is given, up to the fact itself */
+    EVAL_ASKED,  /* as NEEDLE, but the model words its answer itself */
     EVAL_CUT,    /* the fact is cut between two chunks that stand side by side */
     EVAL_EDITED, /* as NEEDLE, but the chunk with the fact was read with another number in it */
-    EVAL_READ,   /* nothing is planted: a word of one of the texts is asked for */
+    EVAL_READ,   /* nothing is planted: how a sentence of the texts goes on */
     EVAL_OPEN,   /* a question that no single place answers */
     EVAL_AGENTS, /* the last of five agents, which reads a document and four answers */
 } eval_kind;
@@ -94,12 +97,45 @@ typedef struct eval_task {
 /* Fills a task from a prompt, which it borrows; without a workflow: what is placed is blended. */
 void eval_task_make(const eval_prompt *prompt, eval_task *made);
 
+/* ---- donors and means (src/host/donor.h) ---- */
+
+/* What the runs before the evaluated ones leave behind. */
+typedef struct eval_warmth {
+    bool keeps_donors, learns_means;
+} eval_warmth;
+
+/* An evaluated run uses what is there, and leaves nothing; one before it leaves what is wanted. */
+void eval_warmth_set(const eval_warmth *warmth, bool is_evaluated, Kvloom__V1__RunTask *run);
+/* Whether there is anything to be left. */
+bool eval_warmth_is_wanted(const eval_warmth *warmth);
+
+enum { EVAL_WARM_TEXTS_MAX = 64, EVAL_WARM_GROUP = 16 };
+
+/* Prompts of the texts of some evaluated ones, in other company, in another order, with another
+ * question. */
+typedef struct eval_warm_up {
+    char *texts[EVAL_WARM_TEXTS_MAX];  /* [n_texts], each once */
+    uint64_t sources[EVAL_WARM_GROUP]; /* [n_sources] bit t: the prompt has text t */
+    uint32_t n_texts, n_sources, n_prompts, n_slots;
+    uint32_t order[EVAL_WARM_TEXTS_MAX]; /* of texts, from prompt to prompt */
+} eval_warm_up;
+
+/* Takes the slots' texts of a prompt; false without memory or room. */
+KVL_MUST_USE bool eval_warm_up_add(eval_warm_up *warm, const eval_prompt *prompt);
+/* Draws an order in which no prompt has exactly the texts of an evaluated one; false where the
+ * texts do not allow one. */
+KVL_MUST_USE bool eval_warm_up_draw(eval_warm_up *warm, uint64_t seed);
+/* Puts the texts of the warm-up's prompt `index` into the slots of a prompt, whose own go. */
+KVL_MUST_USE bool eval_warm_up_fill(const eval_warm_up *warm, uint32_t index, eval_prompt *prompt);
+void eval_warm_up_deinit(eval_warm_up *warm);
+
 /* The prompt of the last agent of a workflow, about a document of the corpus. The agents before it
- * are run on the host, exactly. cli/eval_agents.c
+ * are run on the host, exactly, and leave what `warmth` wants. cli/eval_agents.c
  * Errors   those of the runs, KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status eval_agents_make(const eval_corpus *corpus, const demo_workflow *workflow,
-                                         kvl_local_host *host, uint64_t seed, uint32_t index,
-                                         eval_prompt *prompt, kvl_error *error);
+                                         kvl_local_host *host, const eval_warmth *warmth,
+                                         uint64_t seed, uint32_t index, eval_prompt *prompt,
+                                         kvl_error *error);
 
 /* ---- what was seen ---- */
 
@@ -114,9 +150,19 @@ typedef struct eval_policy {
 /* Ended by one without name. */
 extern const eval_policy eval_policies[];
 
+/* A policy with a correction (reuse/correct.h) has a number of its own: policy `p` with the c-th of
+ * the table; the 0-th is none. Its name is that of the policy, "+" and the correction. */
+uint32_t eval_policy_number(uint32_t p, uint32_t c);
+void eval_policy_name(uint32_t number, char *name, size_t n_bytes);
+/* False where there is none of that name; "full" is full prefill. */
+KVL_MUST_USE bool eval_policy_find(const char *name, uint32_t *number);
+/* The number behind this one, in the order of the tables; false: it was the last one. Begins with
+ * EVAL_POLICIES_MAX, full prefill's. */
+bool eval_policy_next(uint32_t *number);
+
 /* One prompt under one policy. */
 typedef struct eval_record {
-    uint32_t scenario, policy; /* policy: EVAL_POLICIES_MAX for full prefill */
+    uint32_t scenario, policy; /* a number; EVAL_POLICIES_MAX for full prefill */
     uint32_t prompt;           /* unique among all scenarios */
     double kl, top1, exact, right, placed, recomputed, corrected, ttft_ms, full_ttft_ms;
     double passed, healed_first; /* the gate: let it pass, or not; 0 where it was not asked */

@@ -66,9 +66,23 @@ static kvl_status fill(const demo_agent *agent, const char *document,
     return KVL_OK;
 }
 
+static kvl_status read_document(kvl_local_host *host, const char *document, kvl_error *error)
+{
+    char *text = (char *)(uintptr_t)document;
+    const eval_prompt alone = {.n_pieces = 1, .pieces = {{.text = text, .is_slot = true}}};
+    eval_task made;
+    eval_task_make(&alone, &made);
+    made.run.mode = KVLOOM__V1__MODE__MODE_READ;
+    Kvloom__V1__RunReply *reply = NULL;
+    KVL_TRY(kvl_local_host_run(host, &made.run, &reply, error));
+    kvloom__v1__run_reply__free_unpacked(reply, NULL);
+    return KVL_OK;
+}
+
 /* Runs one agent exactly, and gives its answers back to those behind it. */
 static kvl_status run_agent(const demo_agent *agent, const char *document, kvl_local_host *host,
-                            Kvloom__V1__RunReply **answers, size_t index, kvl_error *error)
+                            const eval_warmth *warmth, Kvloom__V1__RunReply **answers, size_t index,
+                            kvl_error *error)
 {
     eval_prompt prompt;
     kvl_status status = fill(agent, document, answers, &prompt, error);
@@ -79,6 +93,7 @@ static kvl_status run_agent(const demo_agent *agent, const char *document, kvl_l
         made.run.mode = KVLOOM__V1__MODE__MODE_REUSE;
         made.run.quality = KVLOOM__V1__QUALITY__QUALITY_EXACT;
         made.run.max_tokens = ANSWER_TOKENS;
+        eval_warmth_set(warmth, false, &made.run);
         status = kvl_local_host_run(host, &made.run, &reply, error);
     }
     for (uint32_t p = 0; p < prompt.n_pieces; p++) {
@@ -94,17 +109,18 @@ static kvl_status run_agent(const demo_agent *agent, const char *document, kvl_l
 }
 
 kvl_status eval_agents_make(const eval_corpus *corpus, const demo_workflow *workflow,
-                            kvl_local_host *host, uint64_t seed, uint32_t index,
-                            eval_prompt *prompt, kvl_error *error)
+                            kvl_local_host *host, const eval_warmth *warmth, uint64_t seed,
+                            uint32_t index, eval_prompt *prompt, kvl_error *error)
 {
     *prompt = (eval_prompt){.n_pieces = 0};
     char *document = make_document(corpus, seed, index);
     if (document == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a document");
     Kvloom__V1__RunReply *answers[DEMO_AGENTS_MAX] = {NULL};
     const size_t last = workflow->n_agents - 1;
-    kvl_status status = KVL_OK;
+    /* A mean is of KV in context less KV at home: there must be one. */
+    kvl_status status = warmth->learns_means ? read_document(host, document, error) : KVL_OK;
     for (size_t a = 0; a < last && status == KVL_OK; a++)
-        status = run_agent(&workflow->agents[a], document, host, answers, a, error);
+        status = run_agent(&workflow->agents[a], document, host, warmth, answers, a, error);
     if (status == KVL_OK) status = fill(&workflow->agents[last], document, answers, prompt, error);
     for (size_t a = 0; a < DEMO_AGENTS_MAX; a++) {
         if (answers[a] != NULL) kvloom__v1__run_reply__free_unpacked(answers[a], NULL);

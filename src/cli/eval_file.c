@@ -35,8 +35,8 @@ enum { N_MEMBERS = sizeof members / sizeof *members };
 
 static bool write_record(FILE *file, const eval_record *record)
 {
-    const char *policy =
-        record->policy == EVAL_POLICIES_MAX ? "full" : eval_policies[record->policy].name;
+    char policy[EVAL_NAME_MAX];
+    eval_policy_name(record->policy, policy, sizeof policy);
     json_t *line = json_pack("{s:s, s:s, s:i}", "scenario", eval_scenarios[record->scenario].name,
                              "policy", policy, "prompt", (int)record->prompt);
     for (size_t i = 0; i < N_MEMBERS; i++) {
@@ -70,12 +70,7 @@ static bool find(const json_t *line, uint32_t *scenario, uint32_t *policy)
     for (*scenario = 0; eval_scenarios[*scenario].name != NULL; ++*scenario) {
         if (strcmp(eval_scenarios[*scenario].name, of) == 0) break;
     }
-    for (*policy = 0; eval_policies[*policy].name != NULL; ++*policy) {
-        if (strcmp(eval_policies[*policy].name, by) == 0) break;
-    }
-    const bool is_known = eval_policies[*policy].name != NULL || strcmp(by, "full") == 0;
-    if (strcmp(by, "full") == 0) *policy = EVAL_POLICIES_MAX;
-    return is_known && eval_scenarios[*scenario].name != NULL;
+    return eval_policy_find(by, policy) && eval_scenarios[*scenario].name != NULL;
 }
 
 static bool read_record(const char *text, eval_record *record)

@@ -9,7 +9,8 @@ enum {
     OPEN = 1U << EVAL_OPEN,
     AGENTS = 1U << EVAL_AGENTS,
     EDITED = 1U << EVAL_EDITED,
-    CHUNKS = FACTS | EDITED | READ | OPEN,
+    ASKED = 1U << EVAL_ASKED,
+    CHUNKS = FACTS | EDITED | READ | OPEN | ASKED,
     ALL = CHUNKS | AGENTS
 };
 
@@ -30,6 +31,9 @@ static const figure figures[] = {
     {"read_balanced", BALANCED, NULL, READ, offsetof(eval_record, right)},
     {"facts_full", "full", NULL, FACTS, offsetof(eval_record, right)},
     {"facts_balanced", BALANCED, NULL, FACTS, offsetof(eval_record, right)},
+    {"em_balanced_asked", BALANCED, NULL, ASKED, offsetof(eval_record, exact)},
+    {"asked_full", "full", NULL, ASKED, offsetof(eval_record, right)},
+    {"asked_balanced", BALANCED, NULL, ASKED, offsetof(eval_record, right)},
     {"edited_full", "full", NULL, EDITED, offsetof(eval_record, right)},
     {"edited_balanced", BALANCED, NULL, EDITED, offsetof(eval_record, right)},
     {"acc_pooled_balanced", BALANCED, NULL, FACTS | READ, offsetof(eval_record, right)},
@@ -134,12 +138,13 @@ void eval_print_json(const eval_records *records, const eval_about *about)
 {
     json_t *rows = json_array();
     for (uint32_t s = 0; eval_scenarios[s].name != NULL; s++) {
-        json_t *row = row_of(records, s, "full");
-        if (row != NULL) (void)json_array_append_new(rows, row);
-        for (size_t p = 0; eval_policies[p].name != NULL; p++) {
-            row = row_of(records, s, eval_policies[p].name);
+        uint32_t policy = EVAL_POLICIES_MAX;
+        do {
+            char name[EVAL_NAME_MAX];
+            eval_policy_name(policy, name, sizeof name);
+            json_t *row = row_of(records, s, name);
             if (row != NULL) (void)json_array_append_new(rows, row);
-        }
+        } while (eval_policy_next(&policy));
     }
     json_t *intervals = json_object();
     json_t *values = figures_of(records, intervals);
@@ -160,19 +165,23 @@ static void print_row(const eval_records *records, uint32_t scenario, const char
     for (size_t c = 0; c < sizeof columns / sizeof *columns; c++)
         value[c] = eval_mean_of(records, policy, ALL, scenario, columns[c].offset, &n);
     if (n == 0) return;
-    (void)printf("%-10s %-14s %5u %7.4f %7.3f %7.3f %7.3f %6.3f %6.3f %7.1f ms %5.1fx\n",
+    (void)printf("%-10s %-20s %5u %7.4f %7.3f %7.3f %7.3f %6.3f %6.3f %7.1f ms %5.1fx\n",
                  eval_scenarios[scenario].name, policy, n, value[0], value[1], value[2], value[3],
                  value[4], value[5], value[6], ttft_ratio(records, policy, scenario));
 }
 
 void eval_print_table(const eval_records *records)
 {
-    (void)printf("scenario   policy             n      KL   top-1   exact   right  again   work"
-                 "       TTFT  ratio\n");
+    (void)printf(
+        "scenario   policy                   n      KL   top-1   exact   right  again   work"
+        "       TTFT  ratio\n");
     for (uint32_t s = 0; eval_scenarios[s].name != NULL; s++) {
-        print_row(records, s, "full");
-        for (size_t p = 0; eval_policies[p].name != NULL; p++)
-            print_row(records, s, eval_policies[p].name);
+        uint32_t policy = EVAL_POLICIES_MAX;
+        do {
+            char name[EVAL_NAME_MAX];
+            eval_policy_name(policy, name, sizeof name);
+            print_row(records, s, name);
+        } while (eval_policy_next(&policy));
     }
     (void)printf("\n");
     for (size_t i = 0; i < sizeof figures / sizeof *figures; i++) {

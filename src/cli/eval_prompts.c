@@ -18,9 +18,11 @@ enum {
 };
 
 const eval_scenario eval_scenarios[] = {
-    {"needle3", EVAL_NEEDLE, 3}, {"needle6", EVAL_NEEDLE, 6}, {"needle12", EVAL_NEEDLE, 12},
-    {"cut6", EVAL_CUT, 6},       {"edited6", EVAL_EDITED, 6}, {"read6", EVAL_READ, 6},
-    {"open6", EVAL_OPEN, 6},     {"agents5", EVAL_AGENTS, 0}, {0},
+    {"needle3", EVAL_NEEDLE, 3},   {"needle6", EVAL_NEEDLE, 6},
+    {"needle12", EVAL_NEEDLE, 12}, {"cut6", EVAL_CUT, 6},
+    {"edited6", EVAL_EDITED, 6},   {"read6", EVAL_READ, 6},
+    {"open6", EVAL_OPEN, 6},       {"agents5", EVAL_AGENTS, 0},
+    {"asked6", EVAL_ASKED, 6},     {0},
 };
 
 static const char *const places[EVAL_POOL] = {
@@ -169,6 +171,7 @@ typedef struct making {
     uint32_t asked; /* which chunk the question is about; CUT: the first of two */
     char *chunks[EVAL_CHUNKS_MAX];
     char question[512];
+    char beginning[256]; /* of the answer */
 } making;
 
 static void begin(making *m, uint32_t index)
@@ -213,9 +216,21 @@ static char *make_chunk(const making *m, uint32_t i)
         }
         return chunk_with_fact(m->paragraphs[i], place, number);
     case EVAL_NEEDLE:
+    case EVAL_ASKED:
     case EVAL_EDITED:
         return chunk_with_fact(m->paragraphs[i], place, i == m->asked ? asked_number(m) : number);
     default: return join(m->paragraphs[i], "", "");
+    }
+}
+
+/* Of the first of the texts, from the one drawn on, that a question can be asked about. */
+static void find_question(making *m, char *lead, size_t n_lead, eval_prompt *prompt)
+{
+    const uint32_t n = m->scenario->n_chunks;
+    for (uint32_t i = 0; i < n; i++) {
+        if (eval_find_question(&m->random, m->paragraphs[(m->asked + i) % n], m->paragraphs, n,
+                               lead, n_lead, prompt->needle, sizeof prompt->needle))
+            return;
     }
 }
 
@@ -229,16 +244,18 @@ static void ask(making *m, eval_prompt *prompt)
                        open_questions[kvl_random_below(&m->random, N_OPEN)]);
         return;
     case EVAL_READ:
-        (void)eval_find_question(&m->random, m->paragraphs[m->asked], m->paragraphs,
-                                 m->scenario->n_chunks, lead, sizeof lead, prompt->needle,
-                                 sizeof prompt->needle);
+        find_question(m, lead, sizeof lead, prompt);
         (void)snprintf(m->question, sizeof m->question,
-                       "\n\nQuestion: In the texts, which words come right after \"%s\"?", lead);
+                       "\n\nQuestion: How does the sentence go on in which the texts say \"%s\"?",
+                       lead);
+        (void)snprintf(m->beginning, sizeof m->beginning, "It says: \"%s", lead);
         return;
     default:
         (void)snprintf(m->question, sizeof m->question,
                        "\n\nQuestion: What is the access code of the %s?", place);
         (void)snprintf(prompt->needle, sizeof prompt->needle, "%u", asked_number(m));
+        if (m->scenario->kind == EVAL_ASKED) return;
+        (void)snprintf(m->beginning, sizeof m->beginning, "The access code of the %s is", place);
     }
 }
 
@@ -268,7 +285,7 @@ static bool assemble(making *m, eval_prompt *prompt)
     ask(m, prompt);
     return is_whole &&
            eval_prompt_add(prompt, false,
-                           join(m->question, "<|im_end|>\n<|im_start|>assistant\n", ""));
+                           join(m->question, "<|im_end|>\n<|im_start|>assistant\n", m->beginning));
 }
 
 kvl_status eval_prompt_make(const eval_corpus *corpus, const eval_scenario *scenario, uint64_t seed,

@@ -1,5 +1,5 @@
-/* cli/eval_read.c: questions about real text with nothing planted: which word comes right after
- * some others? The text itself has the answer, and nothing else in the prompt does. */
+/* cli/eval_read.c: questions about real text with nothing planted: how does a sentence go on? The
+ * text itself has the answer, and nothing else in the prompt does. */
 #include "cli/eval.h"
 
 #include <ctype.h>

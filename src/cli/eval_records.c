@@ -1,7 +1,7 @@
 /* cli/eval_records.c: what was seen of every prompt, and means with intervals from it. */
 #include "base/alloc.h"
 #include "cli/eval.h"
-#include "reuse/select.h"
+#include "reuse/correct.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -19,14 +19,16 @@ const eval_policy eval_policies[] = {
     {"sink8+query5", "sink8+query5", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
     {"sink8+query10", "sink8+query10", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
     {"sink8+query25", "sink8+query25", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
-    {"sink8+draft15", "sink8+draft15", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
-    {"sink8+both15", "sink8+both15", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
-    {"sink8+both15w9", "sink8+both15w9", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
-    {"sink4+draft5", "sink4+draft5", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
+    {"sink4+draft5", "sink4+draft5", KVLOOM__V1__QUALITY__QUALITY_FAST, false, false},
+    {"sink8+draft12", "sink8+draft12", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
+    {"sink8+draft15", "sink8+draft15", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
     {"deviation5", "deviation5", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
     {"deviation15", "deviation15", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
     {"deviation30", "deviation30", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
+    {"deviation15v", "deviation15v", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
+    {"deviation15g", "deviation15g", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
     {"kvshare15", "kvshare15", KVLOOM__V1__QUALITY__QUALITY_BALANCED, false, false},
+    {"all", "all", KVLOOM__V1__QUALITY__QUALITY_BALANCED, true, false},
     /* What these leave in the prefix tree is exact, and others would share it: verified comes last
      * but one, and the gate has prompts of its own. */
     {"verified", "sink8+query10", KVLOOM__V1__QUALITY__QUALITY_VERIFIED, true, false},
@@ -53,13 +55,55 @@ void eval_records_deinit(eval_records *records)
     *records = (eval_records){.n = 0};
 }
 
+/* Room for full prefill behind the policies, so that a number says both. */
+enum { STRIDE = EVAL_POLICIES_MAX + 1 };
+
+uint32_t eval_policy_number(uint32_t p, uint32_t c)
+{
+    return c * STRIDE + p;
+}
+
+void eval_policy_name(uint32_t number, char *name, size_t n_bytes)
+{
+    const uint32_t p = number % STRIDE;
+    const uint32_t c = number / STRIDE;
+    (void)snprintf(name, n_bytes, "%s%s%s", p == EVAL_POLICIES_MAX ? "full" : eval_policies[p].name,
+                   c == 0 ? "" : "+", c == 0 ? "" : kvl_corrections[c].name);
+}
+
+bool eval_policy_next(uint32_t *number)
+{
+    if (*number == EVAL_POLICIES_MAX) {
+        *number = 0;
+        return true;
+    }
+    const uint32_t p = *number % STRIDE;
+    const uint32_t c = *number / STRIDE;
+    if (kvl_corrections[c + 1].name != NULL) {
+        *number = eval_policy_number(p, c + 1);
+        return true;
+    }
+    *number = eval_policy_number(p + 1, 0);
+    return eval_policies[p + 1].name != NULL;
+}
+
+bool eval_policy_find(const char *name, uint32_t *number)
+{
+    *number = EVAL_POLICIES_MAX;
+    do {
+        char known[EVAL_NAME_MAX];
+        eval_policy_name(*number, known, sizeof known);
+        if (strcmp(known, name) == 0) return true;
+    } while (eval_policy_next(number));
+    return false;
+}
+
 static uint32_t find_policy(const char *name)
 {
-    for (uint32_t p = 0; eval_policies[p].name != NULL; p++) {
-        if (strcmp(eval_policies[p].name, name) == 0) return p;
-    }
-    KVL_ASSERT(strcmp(name, "full") == 0);
-    return EVAL_POLICIES_MAX;
+    uint32_t number = 0;
+    const bool is_known = eval_policy_find(name, &number);
+    KVL_ASSERT(is_known);
+    return number;
 }
 
 static double field(const eval_record *record, size_t offset)

@@ -33,6 +33,9 @@ typedef struct kvl_forward_batch {
      * the cut's rows [n_rows][n_heads][head_dim], borrowed; the keys that they see are in pages. */
     void (*on_queries)(void *context, uint32_t layer, uint32_t row_first, uint32_t n_rows,
                        const float *queries);
+    /* Called in every layer of each cut, before attention, may be NULL: keys and values of the
+     * cut's rows are in pages, where they and others may be read, and others changed. */
+    void (*on_keys)(void *context, uint32_t layer, uint32_t row_first, uint32_t n_rows);
     void *context;
 } kvl_forward_batch;
 

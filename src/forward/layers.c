@@ -225,12 +225,19 @@ static void keep_logit_rows(kvl_forward *forward, const cut *work)
     backend->ops->rows_keep(backend, work->n_logits, width, from, forward->normed);
 }
 
+static void tell_of_keys(uint32_t layer, const cut *work)
+{
+    if (work->batch->on_keys != NULL)
+        work->batch->on_keys(work->batch->context, layer, work->row_first, work->n_rows);
+}
+
 static void last_layer(kvl_forward *forward, uint32_t layer, const cut *work)
 {
     const kvl_model_shape *shape = kvl_model_shape_of(forward->model);
     const kvl_layer_weights *weights = kvl_model_layer(forward->model, layer);
     kvl_backend *backend = forward->backend;
     project(forward, layer, work->n_rows, false);
+    tell_of_keys(layer, work);
     if (work->n_logits == 0) return;
     keep_logit_rows(forward, work);
     const kvl_matmul_job job = {&weights->query, weights->query_bias, forward->queries, false};
@@ -258,6 +265,7 @@ static kvl_status run_cut(kvl_forward *forward, const cut *work, kvl_error *erro
             last_layer(forward, layer, work);
         } else {
             project(forward, layer, work->n_rows, true);
+            tell_of_keys(layer, work);
             if (batch->on_queries != NULL)
                 batch->on_queries(batch->context, layer, work->row_first, work->n_rows,
                                   forward->queries);

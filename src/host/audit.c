@@ -60,6 +60,7 @@ void run_check_later(run *r)
     (void)snprintf(asked.workflow, sizeof asked.workflow, "%s", r->task->workflow);
     (void)snprintf(asked.template_name, sizeof asked.template_name, "%s", r->task->template_name);
     fill_shares(r, asked.shares);
+    run_make_lesson(r, &asked.lesson);
     r->sent = (kvl_sent_answer){0};
     r->sent_logits = NULL;
     heal_add(r->host, &asked);

@@ -37,55 +37,70 @@ static kvl_status attend(run *r, const kvl_select_run *runs, size_t n_runs, uint
 {
     const kvl_select_run *last = &runs[n_runs - 1];
     return kvl_session_attention(r->session, r->positions, n_computed, last->first + last->n,
-                                 scores, error);
+                                 scores, NULL, error);
+}
+
+/* Scores of what was not computed in the last check are below all others. */
+static void mark_rest(const kvl_select_run *runs, size_t n_runs, const uint32_t *went_on,
+                      uint32_t n_went_on, float *scores)
+{
+    uint32_t at = 0;
+    for (size_t i = 0; i < n_runs; i++) {
+        for (uint32_t p = runs[i].first; p < runs[i].first + runs[i].n; p++) {
+            const bool is_in = at < n_went_on && went_on[at] == p;
+            at += is_in ? 1 : 0;
+            if (!is_in) scores[p] = -1.0F;
+        }
+    }
+}
+
+/* One check after another, each with those of the one before that deviated most.
+ * placed, all  [n_ids] scratch; placed: where they all go on, ascending */
+static kvl_status check_layers(run *r, const kvl_select_run *runs, size_t n_runs,
+                               uint32_t n_computed, uint32_t *placed, uint32_t *all, float *scores,
+                               kvl_error *error)
+{
+    const uint32_t last_layer = r->host->engine->shape->n_layers - 1;
+    kvl_select_policy next = {.name = "next", .score = KVL_SELECT_DEVIATION, .pool_width = 1};
+    uint32_t n_placed = 0;
+    for (size_t i = 0; i < n_runs; i++) {
+        for (uint32_t t = 0; t < runs[i].n; t++) placed[n_placed++] = runs[i].first + t;
+    }
+    for (uint32_t c = 0; c < r->select->n_checks; c++) {
+        const uint32_t layer = r->select->checks[c].layer;
+        const kvl_deviation_check check = {layer < last_layer ? layer : last_layer,
+                                           r->select->values_only};
+        const uint32_t n = run_merge(r->positions, n_computed, placed, n_placed, all);
+        KVL_TRY(kvl_session_deviation(r->session, &check, all, n, scores, error));
+        if (c == 0) KVL_TRY(run_note_deviation(r, scores, error));
+        mark_rest(runs, n_runs, placed, n_placed, scores);
+        if (c + 1 == r->select->n_checks) break;
+        next.share = r->select->checks[c].share;
+        KVL_TRY(kvl_select_tokens(&next, runs, n_runs, scores, placed, &n_placed, error));
+    }
+    return KVL_OK;
 }
 
 static kvl_status deviate(run *r, const kvl_select_run *runs, size_t n_runs, uint32_t n_computed,
                           float *scores, kvl_error *error)
 {
-    uint32_t *all = kvl_alloc_zero(2 * r->n_ids, sizeof *all);
-    if (all == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to score a prompt");
-    uint32_t *placed = all + r->n_ids;
-    uint32_t n_placed = 0;
-    for (size_t i = 0; i < n_runs; i++) {
-        for (uint32_t t = 0; t < runs[i].n; t++) placed[n_placed++] = runs[i].first + t;
-    }
-    const uint32_t n = run_merge(r->positions, n_computed, placed, n_placed, all);
-    const kvl_status status = kvl_session_deviation(r->session, all, n, scores, error);
-    kvl_free(all);
+    uint32_t *scratch = kvl_alloc_zero(2 * r->n_ids, sizeof *scratch);
+    if (scratch == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to score a prompt");
+    const kvl_status status =
+        check_layers(r, runs, n_runs, n_computed, scratch, scratch + r->n_ids, scores, error);
+    kvl_free(scratch);
     return status;
 }
 
-/* Each over its own sum, so that a question of many rows does not drown a draft of few. */
-static void add_scaled(const kvl_select_run *runs, size_t n_runs, const float *more, float *scores)
-{
-    float sum = 0.0F, sum_more = 0.0F;
-    for (size_t i = 0; i < n_runs; i++) {
-        for (uint32_t p = runs[i].first; p < runs[i].first + runs[i].n; p++) {
-            sum += scores[p];
-            sum_more += more[p];
-        }
-    }
-    if (!(sum > 0.0F) || !(sum_more > 0.0F)) return;
-    for (size_t i = 0; i < n_runs; i++) {
-        for (uint32_t p = runs[i].first; p < runs[i].first + runs[i].n; p++)
-            scores[p] = scores[p] / sum + more[p] / sum_more;
-    }
-}
-
-/* Attention first: the pass that comes next replaces what it would look at. */
-static kvl_status score_twice(run *r, const kvl_select_run *runs, size_t n_runs,
-                              uint32_t n_computed, float *scores, kvl_error *error)
+/* Attention first: the pass of deviations replaces what it would look at. */
+static kvl_status score_product(run *r, const kvl_select_run *runs, size_t n_runs,
+                                uint32_t n_computed, float *scores, kvl_error *error)
 {
     float *attended = kvl_alloc_zero(r->n_ids, sizeof *attended);
     if (attended == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to score a prompt");
-    const bool drafts = r->select->score == KVL_SELECT_QUERY_AND_DRAFT;
     kvl_status status = attend(r, runs, n_runs, n_computed, attended, error);
-    if (status == KVL_OK)
-        status = drafts ? run_draft(r, runs, n_runs, n_computed, scores, error)
-                        : deviate(r, runs, n_runs, n_computed, scores, error);
-    if (status == KVL_OK && drafts) add_scaled(runs, n_runs, attended, scores);
-    for (size_t i = 0; status == KVL_OK && !drafts && i < r->n_ids; i++) scores[i] *= attended[i];
+    if (status == KVL_OK) status = deviate(r, runs, n_runs, n_computed, scores, error);
+    for (size_t i = 0; status == KVL_OK && i < r->n_ids; i++) scores[i] *= attended[i];
     kvl_free(attended);
     return status;
 }
@@ -96,17 +111,16 @@ static kvl_status score(run *r, const kvl_select_run *runs, size_t n_runs, uint3
     switch (r->select->score) {
     case KVL_SELECT_NO_SCORE: return KVL_OK;
     case KVL_SELECT_QUERY_ATTENTION: return attend(r, runs, n_runs, n_computed, scores, error);
-    case KVL_SELECT_DRAFT_ATTENTION: return run_draft(r, runs, n_runs, n_computed, scores, error);
+    case KVL_SELECT_DRAFT_ATTENTION: return run_draft(r, n_computed, scores, error);
     case KVL_SELECT_DEVIATION: return deviate(r, runs, n_runs, n_computed, scores, error);
-    default: return score_twice(r, runs, n_runs, n_computed, scores, error);
+    default: return score_product(r, runs, n_runs, n_computed, scores, error);
     }
 }
 
 /* Whether the scores came with a pass of all layers. */
 static bool leaves_final(kvl_select_score score)
 {
-    return score == KVL_SELECT_QUERY_ATTENTION || score == KVL_SELECT_DRAFT_ATTENTION ||
-           score == KVL_SELECT_QUERY_AND_DRAFT;
+    return score == KVL_SELECT_QUERY_ATTENTION || score == KVL_SELECT_DRAFT_ATTENTION;
 }
 
 /* Rows before the first placed one have seen nothing approximate: the pass of the scores has left
@@ -127,6 +141,7 @@ static kvl_status choose(run *r, const kvl_select_run *runs, size_t n_runs, uint
     if (leaves_final(r->select->score)) drop_final(r, runs[0].first, n);
     uint32_t n_chosen = 0;
     KVL_TRY(kvl_select_tokens(r->select, runs, n_runs, scores, chosen, &n_chosen, error));
+    KVL_TRY(run_choose_probes(r, runs, n_runs, *n, chosen, n_chosen, error));
     *n = run_merge(r->positions, *n, chosen, n_chosen, all);
     memcpy(r->positions, all, *n * sizeof *all);
     r->n_recomputed = n_chosen;

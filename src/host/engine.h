@@ -7,6 +7,7 @@
 #include "cache/prefix_tree.h"
 #include "forward/forward.h"
 #include "reuse/anchor.h"
+#include "reuse/correct.h"
 
 typedef struct kvl_engine_options {
     const char *model_path;
@@ -65,16 +66,45 @@ KVL_MUST_USE kvl_status kvl_session_compute_range(kvl_session *session, uint32_t
 /* Computes the tokens at `positions` [n] and sums the attention that those from position `from` on
  * give each position of the session, over all layers but the last, all heads and rows.
  * mass     [kvl_session_n_tokens], by position; overwritten
+ * logits   [n_vocab] of the last token; NULL: not wanted
  * Errors   those of kvl_session_compute; KVL_ERR_NO_MEMORY */
 KVL_MUST_USE kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions,
                                               uint32_t n, uint32_t from, float *mass,
-                                              kvl_error *error);
-/* Computes the tokens at `positions` [n] in layers 0 and 1 only, and says how far each is from the
- * KV that was there: |dK|^2 + |dV|^2 in layer 1, keys before rotation.
+                                              float *logits, kvl_error *error);
+typedef struct kvl_deviation_check {
+    uint32_t layer;   /* of the model; the layers up to it are computed */
+    bool values_only; /* |dV|^2; else |dK|^2 + |dV|^2, keys before rotation */
+} kvl_deviation_check;
+
+/* Computes the tokens at `positions` [n] up to a layer only, and says how far each is there from
+ * the KV that was there before.
  * deviation  [kvl_session_n_tokens], by position; 0 where nothing was computed
  * Errors   as above */
-KVL_MUST_USE kvl_status kvl_session_deviation(kvl_session *session, const uint32_t *positions,
-                                              uint32_t n, float *deviation, kvl_error *error);
+KVL_MUST_USE kvl_status kvl_session_deviation(kvl_session *session,
+                                              const kvl_deviation_check *check,
+                                              const uint32_t *positions, uint32_t n,
+                                              float *deviation, kvl_error *error);
+
+/* Whoever looks into a walk over the layers. */
+typedef struct kvl_session_walk {
+    /* The rows' KV of a layer is still what it was; everything that is loaded is in pages. */
+    void (*before)(void *context, uint32_t layer);
+    /* It is new now, and nothing has attended to it. Of rows row_first .. + n_rows - 1. */
+    void (*after)(void *context, uint32_t layer, uint32_t row_first, uint32_t n_rows);
+    void *context;
+} kvl_session_walk;
+
+/* kvl_session_compute with both called in every layer but the first; `before` only while the
+ * first KVL_FORWARD_ROWS_MAX rows or fewer are computed. */
+KVL_MUST_USE kvl_status kvl_session_compute_watched(kvl_session *session, const uint32_t *positions,
+                                                    uint32_t n, uint32_t n_logits, float *logits,
+                                                    const kvl_session_walk *walk, kvl_error *error);
+/* One layer's KV of scattered positions [n], keys rotated back: keys, values
+ * [n][n_kv_heads][head_dim] float. Read out of pages, or written into the session's own. */
+void kvl_session_read_layer(kvl_session *session, uint32_t layer, const uint32_t *positions,
+                            uint32_t n, float *keys, float *values);
+void kvl_session_write_layer(kvl_session *session, uint32_t layer, const uint32_t *positions,
+                             uint32_t n, const float *keys, const float *values);
 
 /* Appends ids without KV; more pages are had where needed. Errors as kvl_session_begin. */
 KVL_MUST_USE kvl_status kvl_session_append(kvl_session *session, const uint32_t *ids, uint32_t n,
@@ -114,6 +144,7 @@ typedef struct kvl_session_load {
     uint32_t token_first;
     uint32_t position_first;
     uint32_t n;
+    const kvl_mean *mean; /* added before rotation, by token of the segment; NULL: none; borrowed */
 } kvl_session_load;
 
 /* When layers were loaded, and done by the first pass over them, since loading began. */

@@ -52,7 +52,8 @@ static kvl_status refill(run *r, const kvl_select_run *runs, size_t n_runs, cons
     const uint32_t behind = runs[n_runs - 1].first + runs[n_runs - 1].n;
     for (uint32_t p = behind; p < n_all; p++) s->marked[p] = true;
     const uint32_t n_queries = list_marked(s->marked, n_all, s->positions);
-    KVL_TRY(kvl_session_attention(r->session, s->positions, n_queries, behind, s->scores, error));
+    KVL_TRY(
+        kvl_session_attention(r->session, s->positions, n_queries, behind, s->scores, NULL, error));
     uint32_t n_chosen = 0;
     KVL_TRY(kvl_select_tokens(policy, runs, n_runs, s->scores, s->chosen, &n_chosen, error));
     for (uint32_t i = 0; i < n_chosen; i++) s->marked[s->chosen[i]] = true;

@@ -156,7 +156,9 @@ static kvl_status advance(kvl_host *host, heal_job *job, kvl_error *error)
         KVL_TRY(exact_check_begin(&job->check, host->engine, &job->asked.sent, 0, error));
     }
     KVL_TRY(exact_check_step(&job->check, SLICE_ROWS, error));
-    return job->asked.swaps && exact_check_is_done(&job->check) ? swap(host, job, error) : KVL_OK;
+    if (!exact_check_is_done(&job->check)) return KVL_OK;
+    (void)donors_learn(host, job->check.session, &job->asked.lesson);
+    return job->asked.swaps ? swap(host, job, error) : KVL_OK;
 }
 
 bool heal_step(kvl_host *host)

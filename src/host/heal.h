@@ -11,6 +11,7 @@
 #include "base/hash.h"
 #include "host.pb-c.h"
 #include "host/check.h"
+#include "host/donor.h"
 #include "reuse/error_model.h"
 
 enum { KVL_HEALS_MAX = 16, KVL_HEAL_OUTCOMES = 64 };
@@ -26,6 +27,7 @@ typedef struct heal_request {
     bool has_score;             /* of the gate, which learns what became of it */
     float score;
     char workflow[65], template_name[65];
+    exact_lesson lesson; /* what exact KV of the prompt teaches, also of an audit */
 } heal_request;
 
 typedef struct heal_job {

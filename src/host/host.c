@@ -25,6 +25,8 @@ kvl_host_options kvl_host_default_options(void)
         /* Half of float16's bytes to fetch and to keep, at a KL below 0.001 to full prefill. */
         .segment_dtype = KVL_KV_INT8,
         .audit_share = 0.05,
+        .donors = true,
+        .donor_bytes_max = UINT64_C(1) << 30,
     };
 }
 
@@ -122,6 +124,7 @@ static kvl_status create_parts(kvl_host *host, const kvl_host_options *options, 
     if (host->logits == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for logits");
     KVL_TRY(host_homes_init(host, error));
     KVL_TRY(open_store(host, options, error));
+    KVL_TRY(donors_init(host, options, error));
     char model[KVL_DIGEST_TEXT_BYTES];
     KVL_TRY(quality_init(&host->quality, options->store_path, options->audit_share,
                          kvl_digest_to_text(&host->fingerprint, model), error));
@@ -195,6 +198,7 @@ void kvl_host_destroy(kvl_host *host)
     quality_deinit(&host->quality);
     kvl_anchor_pool_destroy(host->anchors);
     kvl_align_destroy(host->donors);
+    donors_deinit(host);
     if (host->store != NULL) host->store->ops->destroy(host->store);
     for (size_t i = 0; i < KVL_PARTS_MAX; i++) kv_buffer_deinit(&host->bases[i]);
     kv_buffer_deinit(&host->corrected);
@@ -257,14 +261,17 @@ static kvl_status forget(kvl_host *host, const Kvloom__V1__ForgetTask *asked, ui
         return KVL_FAIL(error, KVL_ERR_OUT_OF_RANGE, "%zu ids to forget, at most %u at once",
                         asked->n_ids, KVL_FORGET_MAX);
     *n_forgotten = 0;
+    kvl_digest ids[KVL_FORGET_MAX];
     for (size_t i = 0; i < asked->n_ids; i++) {
-        kvl_digest id;
         if (asked->ids[i].len != KVL_DIGEST_BYTES)
             return KVL_FAIL(error, KVL_ERR_INVALID, "id %zu has %zu bytes, must have %u", i,
                             asked->ids[i].len, KVL_DIGEST_BYTES);
-        memcpy(id.bytes, asked->ids[i].data, sizeof id.bytes);
-        kvl_align_remove(host->donors, &id);
-        const kvl_status status = host->store->ops->remove(host->store, &id, error);
+        memcpy(ids[i].bytes, asked->ids[i].data, sizeof ids[i].bytes);
+    }
+    donors_forget(host, ids, asked->n_ids);
+    for (size_t i = 0; i < asked->n_ids; i++) {
+        kvl_align_remove(host->donors, &ids[i]);
+        const kvl_status status = host->store->ops->remove(host->store, &ids[i], error);
         if (status != KVL_OK && status != KVL_ERR_NOT_FOUND) return status;
         *n_forgotten += status == KVL_OK ? 1 : 0;
     }
@@ -277,6 +284,10 @@ static kvl_status fill_status(kvl_host *host, Kvloom__V1__StatusReply *status, k
     kvl_tier_stats store = {0};
     kvl_anchor_pool_stats(host->anchors, &anchors);
     host->store->ops->stats(host->store, &store);
+    kvl_tier_stats donors;
+    donors_stats(host, &donors);
+    status->donors = donors.n_containers;
+    status->donor_bytes = donors.bytes;
     status->name = host->name;
     status->n_anchors = anchors.n_anchors;
     status->anchor_bytes = anchors.bytes;

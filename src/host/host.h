@@ -26,7 +26,10 @@ typedef struct kvl_host_options {
     /* With a service (host/service.h) its answers and this host's tasks share the engine thread:
      * a task runs between two steps. NULL: none. */
     const kvl_scheduler_options *scheduler;
-    double audit_share; /* of reused requests that are computed in full when idle; 0 .. 1 */
+    bool donors;              /* kept and used where a task names a collection and says no more */
+    uint64_t donor_bytes_max; /* of donors on disk, a quarter of memory_bytes_max of it in memory
+                                 as well; 0: there are none */
+    double audit_share;       /* of reused requests that are computed in full when idle; 0 .. 1 */
     /* Called on the engine thread with the text of each token of an answer as it is drawn, may be
      * NULL: for a program that has a host of its own. Not for full runs, nor for verified and
      * gated ones, whose tokens are not final yet. The bytes may end inside of a character. */
@@ -35,7 +38,8 @@ typedef struct kvl_host_options {
     uint8_t tenant_key[KVL_TENANT_KEY_BYTES];
 } kvl_host_options;
 
-/* Everything off but the sizes: 4 GiB of store, 1 GiB of memory, int8 segments; 5 % are audited. */
+/* 4 GiB of store, 1 GiB of memory and 1 GiB of donors, int8 segments; 5 % are audited; donors are
+ * on where a task names a collection (docs/rag.md says what they gave). */
 kvl_host_options kvl_host_default_options(void);
 
 typedef struct kvl_host kvl_host;

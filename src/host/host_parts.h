@@ -6,10 +6,12 @@
 #include "base/queue.h"
 #include "host.pb-c.h"
 #include "host/check.h"
+#include "host/donor.h"
 #include "host/heal.h"
 #include "host/host.h"
 #include "host/quality.h"
 #include "reuse/align.h"
+#include "reuse/correct.h"
 #include "reuse/planner.h"
 #include "reuse/select.h"
 
@@ -91,7 +93,8 @@ struct kvl_host {
     host_home header; /* the chat template's own opening */
     host_home primers[KVL_PRIMERS_MAX];
     uint64_t n_primer_uses;
-    kvl_align_index *donors;        /* tokens of segments at canonical homes */
+    kvl_align_index *donors; /* tokens of segments at canonical homes */
+    host_in_context in_context;
     kv_buffer bases[KVL_PARTS_MAX]; /* of each slot of the run */
     kv_buffer corrected;
     float *logits; /* [n_vocab] */
@@ -118,6 +121,7 @@ typedef struct run_part {
     uint32_t container_first; /* from here on */
     bool is_missing;          /* an answer that was asked for and is not to be had */
     bool is_unhealed;         /* `container` is an answer whose own KV was approximate */
+    bool is_donor;            /* `container` is its KV in an earlier exact prompt of the scope */
     char from[KVL_SLOT_NAME_MAX];
     uint64_t fetched_bytes;
     kvl_anchor_match match;
@@ -144,7 +148,13 @@ typedef struct run {
     uint32_t n_shared;
     uint32_t *positions;             /* [n_ids] scratch: what is computed */
     const kvl_select_policy *select; /* NULL: nothing is blended */
+    const kvl_correction *correction;
+    kvl_digest scope; /* of donors and means: workflow and collection */
+    bool has_scope, reads_donors, keeps_donors, learns_mean;
+    float *deviation;        /* [n_ids] of all that was placed, while probes are chosen, or NULL */
+    struct run_probe *probe; /* while they are computed */
     uint32_t n_recomputed, n_corrected;
+    uint32_t n_shifted, n_donors_kept;
     uint32_t draft[RUN_DRAFT_MAX]; /* what the answer may begin with */
     uint32_t n_draft, n_draft_kept;
     uint32_t n_read; /* slots computed at home */
@@ -212,12 +222,43 @@ KVL_MUST_USE kvl_status run_align(run *r, kvl_error *error);
 /* Remembers the tokens of a segment at a canonical home; without memory it is not found. */
 void host_remember_donor(kvl_host *host, const kvl_container *container);
 
+/* host/donor.c */
+/* What of donors and means the task may use, and leave. Errors   KVL_ERR_TOO_LARGE (a name) */
+KVL_MUST_USE kvl_status run_find_scope(run *r, kvl_error *error);
+/* Has a part's donor, where the task wants one and there is one: part->container then. */
+bool run_find_donor(run *r, run_part *part);
+/* What the run's texts teach once the prompt's KV is exact. */
+void run_make_lesson(const run *r, exact_lesson *lesson);
+
+/* host/correct.c */
+/* What is added to a part as it is placed; NULL: nothing. */
+const kvl_mean *run_mean(const run *r, const run_part *part);
+/* How far all that was placed is from the KV in context in some layer, by position, as a selection
+ * has found: probes need it. Nothing where the run has none. Errors   KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status run_note_deviation(run *r, const float *deviation, kvl_error *error);
+/* The chosen tokens [n_chosen], some of those of the runs, are the probes of the next run_compute,
+ * where the run has probes. Without a deviation that was noted, layers 0 and 1 of all that is
+ * placed and of r->positions [n_computed] are computed. Errors   those of kvl_session_deviation */
+KVL_MUST_USE kvl_status run_choose_probes(run *r, const kvl_select_run *runs, size_t n_runs,
+                                          uint32_t n_computed, const uint32_t *chosen,
+                                          uint32_t n_chosen, kvl_error *error);
+void run_probe_end(run *r);
+/* Computes r->positions [n], with the last one's logits into host->logits; probes move what is not
+ * computed. Errors   those of kvl_session_compute */
+KVL_MUST_USE kvl_status run_compute(run *r, uint32_t n, kvl_error *error);
+
 /* host/publish.c */
 typedef struct host_publication {
     uint32_t first, n; /* positions */
     kvl_digest home;
     bool is_canonical, is_unhealed;
+    const void *extra; /* borrowed for the call */
+    size_t n_extra_bytes;
 } host_publication;
+/* KV of positions first .. first + n - 1 as a sealed segment, which nobody hears of. */
+KVL_MUST_USE kvl_status host_encode(kvl_host *host, kvl_session *session,
+                                    const host_publication *what, kvl_container **container,
+                                    kvl_error *error);
 /* KV of positions first .. first + n - 1 as a sealed segment, stored and announced. */
 KVL_MUST_USE kvl_status host_publish(kvl_host *host, kvl_session *session,
                                      const host_publication *what, kvl_container **container,
@@ -250,9 +291,8 @@ uint32_t run_merge(const uint32_t *computed, uint32_t n_computed, const uint32_t
 
 /* host/draft.c: drafts the beginning of the answer, which stays in the run, over what is placed.
  * The rows in `positions` are computed on the way.
- * scores   [n_ids] the attention of the draft's rows, by position */
-KVL_MUST_USE kvl_status run_draft(run *r, const kvl_select_run *runs, size_t n_runs,
-                                  uint32_t n_computed, float *scores, kvl_error *error);
+ * scores   [n_ids] zeros; the attention of the rows that said the draft, by position */
+KVL_MUST_USE kvl_status run_draft(run *r, uint32_t n_computed, float *scores, kvl_error *error);
 
 /* host/resolve.c: the segment `id` from a peer, kept in memory; part->container stays NULL where
  * nobody has it. */

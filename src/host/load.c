@@ -33,8 +33,8 @@ static void load_layer(kvl_loader *loader, const kvl_loader_job *job, uint32_t l
     for (size_t i = 0; i < job->n_pieces; i++) {
         const kvl_loader_piece *piece = &job->pieces[i];
         const kvl_status status =
-            kvl_place_layer(&job->target, piece->container, layer, &piece->tokens,
-                            piece->token_first, loader->scratch, NULL);
+            kvl_place_layer_moved(&job->target, piece->container, layer, &piece->tokens,
+                                  piece->token_first, piece->mean, loader->scratch, NULL);
         KVL_ASSERT(status == KVL_OK); /* checked when the job was made */
     }
 }

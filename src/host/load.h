@@ -14,6 +14,7 @@ typedef struct kvl_loader_piece {
     const kvl_container *container;
     uint32_t token_first;
     kvl_place_tokens_view tokens;
+    const kvl_mean *mean; /* added; NULL: none */
 } kvl_loader_piece;
 
 /* What is loaded: pieces and the arrays they point to must live until kvl_loader_end. */

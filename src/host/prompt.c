@@ -96,10 +96,21 @@ static kvl_digest identify_template(const run *r)
 static kvl_status find_policy(run *r, kvl_error *error)
 {
     const Kvloom__V1__RunTask *task = r->task;
+    r->correction = kvl_correct_find(task->correct[0] == '\0' ? "none" : task->correct);
+    if (r->correction == NULL)
+        return KVL_FAIL(error, KVL_ERR_INVALID,
+                        "correct is '%.32s'; it must be none, anchors, mean or probe",
+                        task->correct);
     if (task->quality == KVLOOM__V1__QUALITY__QUALITY_EXACT) return KVL_OK;
+    if (r->correction->kind == KVL_CORRECT_ANCHORS) {
+        if (task->select[0] == '\0' && task->workflow[0] != '\0') return KVL_OK;
+        return KVL_FAIL(error, KVL_ERR_INVALID,
+                        "correct is 'anchors', which belong to a workflow's templates: give a "
+                        "workflow, and no select");
+    }
     const bool is_fast = task->quality == KVLOOM__V1__QUALITY__QUALITY_FAST;
     if (task->select[0] == '\0') {
-        if (task->workflow[0] == '\0')
+        if (task->workflow[0] == '\0' || r->correction->kind != KVL_CORRECT_NONE)
             r->select = kvl_select_find(is_fast ? "sink8" : "sink8+query10");
         return KVL_OK;
     }
@@ -142,6 +153,7 @@ kvl_status run_init(run *r, kvl_host *host, const Kvloom__V1__RunTask *task, kvl
         return KVL_FAIL(error, KVL_ERR_TOO_LARGE,
                         "workflow and template_name have at most 64 bytes");
     KVL_TRY(find_policy(r, error));
+    KVL_TRY(run_find_scope(r, error));
     KVL_TRY(host_home_find(host, task, &r->home, error));
     KVL_TRY(take_owner(r, error));
     uint32_t n_slots = 0;
@@ -163,6 +175,8 @@ void run_deinit(run *r)
     for (uint32_t p = 0; p < r->n_parts; p++) kvl_container_release(r->parts[p].container);
     for (uint32_t p = 0; p < r->n_whole; p++) kvl_container_release(r->whole[p].container);
     kvl_session_destroy(r->session);
+    run_probe_end(r);
+    kvl_free(r->deviation);
     kvl_free(r->ids);
     kvl_free(r->positions);
     kvl_free(r->anchors);

@@ -37,8 +37,8 @@ static void keep(kvl_host *host, kvl_container *container)
     if (info->kind == KVL_CONTAINER_SEGMENT) host_remember_donor(host, container);
 }
 
-kvl_status host_publish(kvl_host *host, kvl_session *session, const host_publication *what,
-                        kvl_container **container, kvl_error *error)
+kvl_status host_encode(kvl_host *host, kvl_session *session, const host_publication *what,
+                       kvl_container **container, kvl_error *error)
 {
     *container = NULL;
     const uint32_t first = what->first;
@@ -58,6 +58,8 @@ kvl_status host_publish(kvl_host *host, kvl_session *session, const host_publica
         .n_tokens = n,
         .pairs = (uint32_t)shape->pairs,
         .tokens = kvl_session_tokens(session) + first,
+        .extra = what->extra,
+        .n_extra_bytes = what->n_extra_bytes,
     };
     info.id = kvl_segment_id(host->tenant_key, &host->fingerprint, &what->home, info.tokens, n);
     if (!kvl_segment_block_bytes(info.dtype, info.n_kv_heads, n, info.head_dim, &info.block_bytes))
@@ -68,6 +70,13 @@ kvl_status host_publish(kvl_host *host, kvl_session *session, const host_publica
     encoding work = {*container, &host->corrected, (size_t)n * shape->n_kv_heads * shape->head_dim};
     kvl_pool_run(engine->threads, encode_layer, &work, shape->n_layers);
     kvl_container_seal(*container);
+    return KVL_OK;
+}
+
+kvl_status host_publish(kvl_host *host, kvl_session *session, const host_publication *what,
+                        kvl_container **container, kvl_error *error)
+{
+    KVL_TRY(host_encode(host, session, what, container, error));
     keep(host, *container);
     return KVL_OK;
 }

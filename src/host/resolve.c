@@ -80,18 +80,25 @@ static kvl_status compute_at_home(run *r, run_part *part, kvl_error *error)
     return status;
 }
 
+static void find(run *r, run_part *part)
+{
+    kvl_tier *store = r->host->store;
+    if (run_find_donor(r, part)) return;
+    if (!part->is_canonical)
+        run_find_answer(r, part);
+    else if (store->ops->get(store, &part->id, true, &part->container, NULL) != KVL_OK)
+        run_fetch(r, part, &part->id);
+}
+
 static kvl_status resolve_part(run *r, run_part *part, bool may_compute, kvl_error *error)
 {
     kvl_host *host = r->host;
-    if (!part->is_canonical)
-        run_find_answer(r, part);
-    else if (host->store->ops->get(host->store, &part->id, true, &part->container, NULL) != KVL_OK)
-        run_fetch(r, part, &part->id);
+    find(r, part);
     if (part->container != NULL && !fits(host, r, part)) {
         kvl_log(KVL_LOG_WARN, "segment_does_not_fit", "slot=%s", part->asked->slot);
         kvl_container_release(part->container);
         part->container = NULL;
-        part->is_unhealed = false;
+        part->is_unhealed = part->is_donor = false;
     }
     if (part->container != NULL) host_remember_donor(host, part->container);
     if (part->container == NULL && part->is_canonical && may_compute)

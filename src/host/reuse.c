@@ -116,6 +116,15 @@ kvl_status run_plan(run *r, kvl_error *error)
     return KVL_OK;
 }
 
+static void add_mean(run *r, const kvl_mean *mean, const kv_buffer *buffer, uint32_t n)
+{
+    const size_t layer_floats = (size_t)n * mean->n_kv_heads * mean->head_dim;
+    for (uint32_t l = 0; l < mean->n_layers; l++)
+        kvl_mean_apply(mean, l, 0, n, buffer->keys + l * layer_floats,
+                       buffer->values + l * layer_floats);
+    r->n_shifted += n;
+}
+
 static kvl_status reuse_part(run *r, run_part *part, bool with_anchors, kvl_error *error)
 {
     kvl_host *host = r->host;
@@ -127,6 +136,8 @@ static kvl_status reuse_part(run *r, run_part *part, bool with_anchors, kvl_erro
         KVL_TRY(kvl_anchor_pool_correct(host->anchors, &slot, &part->id, &base, buffer->keys,
                                         buffer->values, NULL, NULL, NULL, error));
     }
+    const kvl_mean *mean = with_anchors ? run_mean(r, part) : NULL;
+    if (mean != NULL) add_mean(r, mean, buffer, part->n_tokens);
     const int64_t corrected = kvl_clock_now(host->clock);
     const kvl_placement placement = {
         .kv = &base,
@@ -179,9 +190,10 @@ static kvl_status begin_loading(run *r, kvl_error *error)
     for (uint32_t p = 0; p < r->n_parts; p++) {
         const run_part *part = &r->parts[p];
         if (part->step.n_reused == 0) continue;
-        loads[n++] =
-            (kvl_session_load){part->container, part->container_first + part->step.n_shared,
-                               part->first + part->step.n_shared, part->step.n_reused};
+        loads[n++] = (kvl_session_load){
+            part->container, part->container_first + part->step.n_shared,
+            part->first + part->step.n_shared, part->step.n_reused, run_mean(r, part)};
+        if (loads[n - 1].mean != NULL) r->n_shifted += part->step.n_reused;
     }
     if (n == 0) return KVL_OK;
     r->load_times = kvl_alloc_zero(1, sizeof *r->load_times);
@@ -209,7 +221,7 @@ kvl_status run_fill(run *r, bool with_anchors, kvl_error *error)
     if (with_anchors) KVL_TRY(run_select(r, &n, error));
     r->n_filled = n;
     const int64_t start = kvl_clock_now(r->host->clock);
-    KVL_TRY(kvl_session_compute(r->session, r->positions, n, 1, r->host->logits, error));
+    KVL_TRY(run_compute(r, n, error));
     const int64_t took = kvl_clock_now(r->host->clock) - start;
     r->compute_ns += took;
     kvl_session_load_end(r->session, r->load_times);

@@ -219,6 +219,8 @@ static void fill_part(const run *r, const run_part *part, Kvloom__V1__PartReport
     report->distance = part->match.distance;
     const char *reason = part->step.reason == NULL ? "" : part->step.reason;
     if (part->is_aligned) reason = "these tokens stand in another text that was read";
+    if (part->is_donor) reason = "its KV stood in an earlier exact prompt of this workflow";
+    report->donor = part->is_donor;
     if (part->is_missing) reason = "its segment was not to be had: computed";
     report->reason = (char *)(uintptr_t)reason;
 }
@@ -249,6 +251,13 @@ static kvl_status copy_digest(const kvl_digest *from, ProtobufCBinaryData *to, k
     return KVL_OK;
 }
 
+/* A donor says nothing of the text's KV at home. */
+static bool has_kv_at_home(const run *r, const run_part *part)
+{
+    if (part->container == NULL || part->is_aligned) return false;
+    return !part->is_donor || r->host->store->ops->has(r->host->store, &part->id);
+}
+
 /* Copies what the reply needs: the run is gone when it is packed. */
 static kvl_status copy_parts(const run *r, Kvloom__V1__RunReply *reply, kvl_error *error)
 {
@@ -263,7 +272,7 @@ static kvl_status copy_parts(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
         if (report->from == NULL)
             return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a reply");
         KVL_TRY(copy_token_bytes(r, &r->parts[p], report, error));
-        if (r->parts[p].container != NULL && !r->parts[p].is_aligned)
+        if (has_kv_at_home(r, &r->parts[p]))
             KVL_TRY(copy_digest(&r->parts[p].id, &report->segment, error));
         reply->fetched_bytes += report->fetched_bytes;
     }
@@ -369,6 +378,8 @@ static kvl_status fill_reply(const run *r, Kvloom__V1__RunReply *reply, kvl_erro
     reply->read = r->n_read;
     reply->ended = r->ended;
     reply->wrong_tokens = r->n_wrong;
+    reply->donors_kept = r->n_donors_kept;
+    reply->shifted = r->n_shifted;
     KVL_TRY(copy_digest(&r->home->id, &reply->slots_home, error));
     KVL_TRY(copy_parts(r, reply, error));
     KVL_TRY(copy_anchors(r, reply, error));
@@ -397,6 +408,7 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
      * the way to it is kept, and the answer copied before the comparison overwrites it. */
     const int64_t spent[] = {r->fetch_ns, r->correct_ns, r->place_ns, r->select_ns, r->compute_ns};
     const uint32_t n_recomputed = r->n_recomputed;
+    const uint32_t n_shifted = r->n_shifted;
     KVL_TRY(run_gate(r, error));
     if (r->task->quality == KVLOOM__V1__QUALITY__QUALITY_VERIFIED && !r->is_exact)
         KVL_TRY(run_verify(r, error));
@@ -410,12 +422,18 @@ static kvl_status run_reuse(run *r, Kvloom__V1__RunReply *reply, kvl_error *erro
      * next. */
     if (may_reuse) KVL_TRY(run_resolve(r, true, error));
     if (wants_anchors(r)) KVL_TRY(run_measure_anchors(r, error));
+    if (r->is_exact || r->is_verified) {
+        exact_lesson lesson;
+        run_make_lesson(r, &lesson);
+        r->n_donors_kept = donors_learn(r->host, r->session, &lesson);
+    }
     r->fetch_ns = spent[0];
     r->correct_ns = spent[1];
     r->place_ns = spent[2];
     r->select_ns = spent[3];
     r->compute_ns = spent[4];
     r->n_recomputed = n_recomputed;
+    r->n_shifted = n_shifted;
     return KVL_OK;
 }
 

@@ -159,16 +159,22 @@ static bool pass_layer_of_session(void *context, uint32_t layer, uint32_t row_fi
     return false;
 }
 
+static void want_logits(kvl_session *session, kvl_forward_batch *batch, uint32_t n_logits,
+                        float *logits)
+{
+    KVL_ASSERT(n_logits <= batch->n_rows);
+    for (uint32_t i = 0; i < n_logits; i++) session->logit_rows[i] = batch->n_rows - n_logits + i;
+    batch->logit_rows = session->logit_rows;
+    batch->n_logit_rows = n_logits;
+    batch->logits = logits;
+}
+
 kvl_status kvl_session_compute(kvl_session *session, const uint32_t *positions, uint32_t n,
                                uint32_t n_logits, float *logits, kvl_error *error)
 {
-    KVL_ASSERT(n_logits <= n);
     kvl_attention_path path;
     kvl_forward_batch batch = batch_of(session, positions, n, &path);
-    for (uint32_t i = 0; i < n_logits; i++) session->logit_rows[i] = n - n_logits + i;
-    batch.logit_rows = session->logit_rows;
-    batch.n_logit_rows = n_logits;
-    batch.logits = logits;
+    want_logits(session, &batch, n_logits, logits);
     if (session->pieces != NULL) {
         kvl_loader_wait(session->engine->loader, 0);
         batch.after_layer = pass_layer_of_session;
@@ -183,6 +189,43 @@ kvl_status kvl_session_compute_range(kvl_session *session, uint32_t first, uint3
     KVL_ASSERT(first < past && past <= session->n_ids);
     for (uint32_t p = first; p < past; p++) session->positions[p - first] = p;
     return kvl_session_compute(session, session->positions, past - first, n_logits, logits, error);
+}
+
+typedef struct watched {
+    kvl_session *session;
+    const kvl_session_walk *walk;
+} watched;
+
+static bool pass_layer_of_watched(void *context, uint32_t layer, uint32_t row_first,
+                                  uint32_t n_rows)
+{
+    (void)n_rows;
+    const watched *w = context;
+    if (w->session->pieces != NULL) pass_layer(w->session, layer);
+    if (row_first == 0 && layer + 1 < w->session->engine->shape->n_layers)
+        w->walk->before(w->walk->context, layer + 1);
+    return false;
+}
+
+static void tell_of_keys(void *context, uint32_t layer, uint32_t row_first, uint32_t n_rows)
+{
+    const watched *w = context;
+    if (layer > 0) w->walk->after(w->walk->context, layer, row_first, n_rows);
+}
+
+kvl_status kvl_session_compute_watched(kvl_session *session, const uint32_t *positions, uint32_t n,
+                                       uint32_t n_logits, float *logits,
+                                       const kvl_session_walk *walk, kvl_error *error)
+{
+    watched w = {session, walk};
+    kvl_attention_path path;
+    kvl_forward_batch batch = batch_of(session, positions, n, &path);
+    want_logits(session, &batch, n_logits, logits);
+    if (session->pieces != NULL) kvl_loader_wait(session->engine->loader, 0);
+    batch.after_layer = pass_layer_of_watched;
+    batch.on_keys = tell_of_keys;
+    batch.context = &w;
+    return kvl_forward_run(session->engine->forward, &batch, error);
 }
 
 typedef struct mass_of_queries {
@@ -223,7 +266,7 @@ static bool pass_layer_of_mass(void *context, uint32_t layer, uint32_t row_first
 }
 
 kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions, uint32_t n,
-                                 uint32_t from, float *mass, kvl_error *error)
+                                 uint32_t from, float *mass, float *logits, kvl_error *error)
 {
     const uint32_t n_heads = session->engine->shape->n_kv_heads;
     const uint32_t n_ids = session->n_ids;
@@ -235,6 +278,10 @@ kvl_status kvl_session_attention(kvl_session *session, const uint32_t *positions
     kvl_forward_batch batch = batch_of(session, positions, n, &path);
     batch.on_queries = add_mass;
     batch.context = &sum;
+    session->logit_rows[0] = n - 1;
+    batch.logit_rows = session->logit_rows;
+    batch.n_logit_rows = logits == NULL ? 0 : 1;
+    batch.logits = logits;
     if (session->pieces != NULL) {
         kvl_loader_wait(session->engine->loader, 0);
         batch.after_layer = pass_layer_of_mass;
@@ -306,6 +353,33 @@ void kvl_session_extract(kvl_session *session, uint32_t first, uint32_t n, float
     }
 }
 
+static kvl_place_tokens_view scattered_view(kvl_session *session, const uint32_t *positions,
+                                            uint32_t n)
+{
+    KVL_ASSERT(n <= session->n_ids);
+    for (uint32_t i = 0; i < n; i++) session->slots[i] = kvl_session_slot(session, positions[i]);
+    return (kvl_place_tokens_view){n, positions, session->slots};
+}
+
+void kvl_session_read_layer(kvl_session *session, uint32_t layer, const uint32_t *positions,
+                            uint32_t n, float *keys, float *values)
+{
+    const kvl_place_tokens_view tokens = scattered_view(session, positions, n);
+    const kvl_place_target target = target_of(session);
+    const kvl_status status = kvl_extract_tokens(&target, layer, &tokens, keys, values, NULL);
+    KVL_ASSERT(status == KVL_OK);
+}
+
+void kvl_session_write_layer(kvl_session *session, uint32_t layer, const uint32_t *positions,
+                             uint32_t n, const float *keys, const float *values)
+{
+    const kvl_place_tokens_view tokens = scattered_view(session, positions, n);
+    const kvl_place_target target = target_of(session);
+    const kvl_status status =
+        kvl_place_tokens(&target, layer, &tokens, keys, values, session->scratch, NULL);
+    KVL_ASSERT(status == KVL_OK);
+}
+
 void kvl_session_place(kvl_session *session, const kvl_placement *placement)
 {
     const kvl_kv_view *kv = placement->kv;
@@ -346,8 +420,8 @@ static kvl_status make_pieces(kvl_session *session, const kvl_session_load *load
             at[t] = load->position_first + t;
             slots[t] = kvl_session_slot(session, at[t]);
         }
-        session->pieces[i] =
-            (kvl_loader_piece){load->container, load->token_first, {load->n, at, slots}};
+        session->pieces[i] = (kvl_loader_piece){
+            load->container, load->token_first, {load->n, at, slots}, load->mean};
         at = slots + load->n;
     }
     return KVL_OK;
@@ -392,49 +466,45 @@ void kvl_session_load_end(kvl_session *session, kvl_load_times *times)
 
 /* ---- deviation ---- */
 
-enum { CHECK_LAYER = 1 };
+/* What a comparison of KV before and after a pass needs. */
+typedef struct deviating {
+    kvl_session *session;
+    kvl_deviation_check check;
+    size_t width;          /* floats of a row's keys, and of its values */
+    float *before, *after; /* [2][KVL_FORWARD_ROWS_MAX][width]: keys, then values */
+} deviating;
 
 static bool stop_at_check_layer(void *context, uint32_t layer, uint32_t row_first, uint32_t n_rows)
 {
-    (void)context;
+    const deviating *d = context;
     (void)row_first;
     (void)n_rows;
-    return layer == CHECK_LAYER;
+    return layer == d->check.layer;
 }
 
-/* Rows of the check layer: keys, then values, [n][n_kv_heads][head_dim] each. */
-static void read_check_layer(kvl_session *session, const uint32_t *positions, uint32_t n,
-                             uint32_t *slots, float *rows)
+static void read_check_layer(const deviating *d, const uint32_t *positions, uint32_t n, float *rows)
 {
-    const kvl_model_shape *shape = session->engine->shape;
-    for (uint32_t i = 0; i < n; i++) slots[i] = kvl_session_slot(session, positions[i]);
-    const kvl_place_tokens_view tokens = {n, positions, slots};
-    const kvl_place_target target = target_of(session);
-    const kvl_status status =
-        kvl_extract_tokens(&target, CHECK_LAYER, &tokens, rows,
-                           rows + (size_t)n * shape->n_kv_heads * shape->head_dim, NULL);
-    KVL_ASSERT(status == KVL_OK);
+    kvl_session_read_layer(d->session, d->check.layer, positions, n, rows, rows + n * d->width);
 }
 
 /* One cut of the forward pass: a walk that stops ends all of its cuts. */
-static kvl_status deviate(kvl_session *session, const uint32_t *positions, uint32_t n,
-                          float *before, float *after, float *deviation, kvl_error *error)
+static kvl_status deviate(deviating *d, const uint32_t *positions, uint32_t n, float *deviation,
+                          kvl_error *error)
 {
-    const size_t width =
-        (size_t)session->engine->shape->n_kv_heads * session->engine->shape->head_dim;
-    read_check_layer(session, positions, n, session->slots, before);
+    read_check_layer(d, positions, n, d->before);
     kvl_attention_path path;
-    kvl_forward_batch batch = batch_of(session, positions, n, &path);
+    kvl_forward_batch batch = batch_of(d->session, positions, n, &path);
     batch.after_layer = stop_at_check_layer;
-    const kvl_status status = kvl_forward_run(session->engine->forward, &batch, error);
+    batch.context = d;
+    const kvl_status status = kvl_forward_run(d->session->engine->forward, &batch, error);
     if (status != KVL_ERR_CANCELLED && status != KVL_OK) return status;
-    read_check_layer(session, positions, n, session->slots, after);
+    read_check_layer(d, positions, n, d->after);
     for (uint32_t i = 0; i < n; i++) {
         float sum = 0.0F;
-        for (size_t half = 0; half < 2; half++) {
-            const size_t at = (half * n + i) * width;
-            for (size_t d = 0; d < width; d++) {
-                const float away = after[at + d] - before[at + d];
+        for (size_t half = d->check.values_only ? 1 : 0; half < 2; half++) {
+            const size_t at = (half * n + i) * d->width;
+            for (size_t k = 0; k < d->width; k++) {
+                const float away = d->after[at + k] - d->before[at + k];
                 sum += away * away;
             }
         }
@@ -443,24 +513,28 @@ static kvl_status deviate(kvl_session *session, const uint32_t *positions, uint3
     return KVL_OK;
 }
 
-kvl_status kvl_session_deviation(kvl_session *session, const uint32_t *positions, uint32_t n,
-                                 float *deviation, kvl_error *error)
+kvl_status kvl_session_deviation(kvl_session *session, const kvl_deviation_check *check,
+                                 const uint32_t *positions, uint32_t n, float *deviation,
+                                 kvl_error *error)
 {
+    const kvl_model_shape *shape = session->engine->shape;
+    KVL_ASSERT(check->layer < shape->n_layers);
     memset(deviation, 0, session->n_ids * sizeof *deviation);
-    /* Its own hook stops the walk: the two layers that it looks at are loaded before. */
-    if (session->pieces != NULL) kvl_loader_wait(session->engine->loader, CHECK_LAYER);
-    const size_t width =
-        (size_t)session->engine->shape->n_kv_heads * session->engine->shape->head_dim;
-    float *rows = kvl_alloc_zero(4 * KVL_FORWARD_ROWS_MAX * width, sizeof *rows);
-    if (rows == NULL)
+    /* Its own hook stops the walk: the layers that it looks at are loaded before. */
+    if (session->pieces != NULL) kvl_loader_wait(session->engine->loader, check->layer);
+    deviating d = {session, *check, (size_t)shape->n_kv_heads * shape->head_dim, NULL, NULL};
+    const size_t n_floats = 2 * KVL_FORWARD_ROWS_MAX * d.width;
+    d.before = kvl_alloc_zero(2 * n_floats, sizeof *d.before);
+    if (d.before == NULL)
         return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to compare %u tokens", n);
+    d.after = d.before + n_floats;
     kvl_status status = KVL_OK;
     for (uint32_t first = 0; first < n && status == KVL_OK; first += KVL_FORWARD_ROWS_MAX) {
         const uint32_t left = n - first;
-        status = deviate(session, positions + first,
-                         left < KVL_FORWARD_ROWS_MAX ? left : KVL_FORWARD_ROWS_MAX, rows,
-                         rows + 2 * KVL_FORWARD_ROWS_MAX * width, deviation, error);
+        status =
+            deviate(&d, positions + first,
+                    left < KVL_FORWARD_ROWS_MAX ? left : KVL_FORWARD_ROWS_MAX, deviation, error);
     }
-    kvl_free(rows);
+    kvl_free(d.before);
     return status;
 }

@@ -199,6 +199,15 @@ kvl_status kvl_place_layer(const kvl_place_target *target, const kvl_container *
                            uint32_t layer, const kvl_place_tokens_view *tokens,
                            uint32_t token_first, float *scratch, kvl_error *error)
 {
+    return kvl_place_layer_moved(target, container, layer, tokens, token_first, NULL, scratch,
+                                 error);
+}
+
+kvl_status kvl_place_layer_moved(const kvl_place_target *target, const kvl_container *container,
+                                 uint32_t layer, const kvl_place_tokens_view *tokens,
+                                 uint32_t token_first, const kvl_mean *mean, float *scratch,
+                                 kvl_error *error)
+{
     const kvl_container_info *info = kvl_container_info_of(container);
     const kvl_pages *pages = target->pages;
     KVL_TRY(kvl_place_check(target, container, tokens, token_first, error));
@@ -212,6 +221,7 @@ kvl_status kvl_place_layer(const kvl_place_target *target, const kvl_container *
         const kvl_place_tokens_view run = {n, tokens->positions + i, NULL};
         kvl_segment_decode_block(info->dtype, info->n_kv_heads, info->n_tokens, info->head_dim,
                                  block, token_first + i, n, scratch, values);
+        if (mean != NULL) kvl_mean_apply(mean, layer, token_first + i, n, scratch, values);
         rotate(target, &run, false, scratch);
         write_page(pages, layer, tokens->slots[i], n, scratch, values);
         i += n;

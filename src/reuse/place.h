@@ -13,6 +13,7 @@
 #define KVL_REUSE_PLACE_H
 
 #include "compute/backend.h"
+#include "reuse/correct.h"
 #include "segment/container.h"
 
 /* Where KV goes, or comes from. All borrowed for the call. */
@@ -95,5 +96,11 @@ KVL_MUST_USE kvl_status kvl_place_layer(const kvl_place_target *target,
                                         const kvl_container *container, uint32_t layer,
                                         const kvl_place_tokens_view *tokens, uint32_t token_first,
                                         float *scratch, kvl_error *error);
+/* The same with a mean added before rotation, by the token's place in the segment; NULL: none. */
+KVL_MUST_USE kvl_status kvl_place_layer_moved(const kvl_place_target *target,
+                                              const kvl_container *container, uint32_t layer,
+                                              const kvl_place_tokens_view *tokens,
+                                              uint32_t token_first, const kvl_mean *mean,
+                                              float *scratch, kvl_error *error);
 
 #endif /* KVL_REUSE_PLACE_H */

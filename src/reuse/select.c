@@ -6,26 +6,48 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define SINKS(n) .n_sink = (n), .pool_width = 1
+/* By attention, each token with the highest score of its neighbours. */
+#define QUERY(of) .score = KVL_SELECT_QUERY_ATTENTION, .share = (of), .pool_width = 9
+#define DRAFT(of, n)                                                                               \
+    .score = KVL_SELECT_DRAFT_ATTENTION, .share = (of), .is_total = true, .pool_width = 5,         \
+    .n_draft = (n)
+/* Layer 1, as the published code has it. */
+#define DEVIATION(of)                                                                              \
+    .score = KVL_SELECT_DEVIATION, .share = (of), .pool_width = 1, .checks = {{1, 1.0F}},          \
+    .n_checks = 1
+
 const kvl_select_policy kvl_select_policies[] = {
-    {"none", 0, KVL_SELECT_NO_SCORE, 0.0F, false, 1},
-    {"sink8", 8, KVL_SELECT_NO_SCORE, 0.0F, false, 1},
-    {"sink16", 16, KVL_SELECT_NO_SCORE, 0.0F, false, 1},
-    {"query5", 0, KVL_SELECT_QUERY_ATTENTION, 0.05F, false, 9},
-    {"query10", 0, KVL_SELECT_QUERY_ATTENTION, 0.10F, false, 9},
-    {"query15", 0, KVL_SELECT_QUERY_ATTENTION, 0.15F, false, 9},
-    {"query30", 0, KVL_SELECT_QUERY_ATTENTION, 0.30F, false, 9},
-    {"sink8+query5", 8, KVL_SELECT_QUERY_ATTENTION, 0.05F, false, 9},
-    {"sink8+query10", 8, KVL_SELECT_QUERY_ATTENTION, 0.10F, false, 9},
-    {"sink8+query25", 8, KVL_SELECT_QUERY_ATTENTION, 0.25F, false, 9},
-    {"sink8+draft15", 8, KVL_SELECT_DRAFT_ATTENTION, 0.15F, true, 5},
-    {"sink8+both15", 8, KVL_SELECT_QUERY_AND_DRAFT, 0.15F, true, 5},
-    {"sink8+both15w9", 8, KVL_SELECT_QUERY_AND_DRAFT, 0.15F, true, 9},
-    {"sink4+draft5", 4, KVL_SELECT_DRAFT_ATTENTION, 0.05F, true, 5},
-    {"deviation5", 0, KVL_SELECT_DEVIATION, 0.05F, false, 1},
-    {"deviation15", 0, KVL_SELECT_DEVIATION, 0.15F, false, 1},
-    {"deviation30", 0, KVL_SELECT_DEVIATION, 0.30F, false, 1},
-    {"kvshare15", 0, KVL_SELECT_ATTENDED_DEVIATION, 0.15F, false, 1},
-    {"all", 0, KVL_SELECT_QUERY_ATTENTION, 1.0F, false, 9},
+    {.name = "none", SINKS(0)},
+    {.name = "sink8", SINKS(8)},
+    {.name = "sink16", SINKS(16)},
+    {.name = "query5", QUERY(0.05F)},
+    {.name = "query10", QUERY(0.10F)},
+    {.name = "query15", QUERY(0.15F)},
+    {.name = "query30", QUERY(0.30F)},
+    {.name = "sink8+query5", .n_sink = 8, QUERY(0.05F)},
+    {.name = "sink8+query10", .n_sink = 8, QUERY(0.10F)},
+    {.name = "sink8+query25", .n_sink = 8, QUERY(0.25F)},
+    {.name = "sink4+draft5", .n_sink = 4, DRAFT(0.05F, 4)},
+    {.name = "sink8+draft12", .n_sink = 8, DRAFT(0.12F, 8)},
+    {.name = "sink8+draft15", .n_sink = 8, DRAFT(0.15F, 12)},
+    {.name = "deviation5", DEVIATION(0.05F)},
+    {.name = "deviation15", DEVIATION(0.15F)},
+    {.name = "deviation30", DEVIATION(0.30F)},
+    {.name = "deviation15v", DEVIATION(0.15F), .values_only = true},
+    {.name = "deviation15g",
+     .score = KVL_SELECT_DEVIATION,
+     .share = 0.15F,
+     .pool_width = 1,
+     .checks = {{1, 0.30F}, {4, 0.20F}, {8, 0.15F}},
+     .n_checks = 3},
+    {.name = "kvshare15",
+     .score = KVL_SELECT_ATTENDED_DEVIATION,
+     .share = 0.15F,
+     .pool_width = 1,
+     .checks = {{1, 1.0F}},
+     .n_checks = 1},
+    {.name = "all", QUERY(1.0F)},
     {0},
 };
 

@@ -15,11 +15,17 @@
 typedef enum kvl_select_score {
     KVL_SELECT_NO_SCORE,
     KVL_SELECT_QUERY_ATTENTION, /* of the rows behind the last reused token, all layers and heads */
-    KVL_SELECT_DEVIATION,       /* |dK|^2 + |dV|^2 in layer 1 after a pass of all reused tokens */
+    KVL_SELECT_DEVIATION,       /* of KV in the check layers after a pass of all reused tokens */
     KVL_SELECT_DRAFT_ATTENTION, /* of the rows of an answer drafted over the placed KV */
-    KVL_SELECT_QUERY_AND_DRAFT, /* the sum of both attentions, each over its own sum */
     KVL_SELECT_ATTENDED_DEVIATION, /* the product of both (KVShare, arXiv:2503.16525, prefill) */
 } kvl_select_score;
+
+enum { KVL_SELECT_CHECKS_MAX = 3 };
+
+typedef struct kvl_select_check {
+    uint32_t layer; /* a model with fewer layers: its last */
+    float share;    /* of all candidates that go on to the next check; the last one's is not used */
+} kvl_select_check;
 
 typedef struct kvl_select_policy {
     const char *name; /* static */
@@ -29,6 +35,12 @@ typedef struct kvl_select_policy {
     float share;         /* of all candidates, by score; 0 .. 1 */
     bool is_total;       /* what n_sink takes counts against share */
     uint32_t pool_width; /* a token has the highest score of this many around it, odd; 1: its own */
+    uint32_t n_draft;    /* tokens of the draft at most, where one is a score */
+    /* Where deviation is looked at. Gradual filtering (CacheBlend, section 5.1): what deviates most
+     * in one check layer goes on to the next, and the last one chooses. */
+    kvl_select_check checks[KVL_SELECT_CHECKS_MAX]; /* layers ascending, shares falling */
+    uint32_t n_checks;                              /* at least 1 where deviation is a score */
+    bool values_only;                               /* |dV|^2, without |dK|^2 */
 } kvl_select_policy;
 
 /* A table of policies, ended by one without name. "sink8+query10" is the default of balanced,

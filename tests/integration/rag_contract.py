@@ -100,8 +100,16 @@ def check_answers(kvloom, collection):
     fast = ask(kvloom, collection, question, "--quality", "fast", "--top", "2")
     assert len(fast["sources"]) == 2
     assert fast["usage"]["recomputed_tokens"] == 16, fast["usage"]
-    streamed = run(kvloom, "ask", question, "--collection", collection, "--max-tokens",
-                   "24").decode()
+    # Exact prompts have left donors of their chunks: they are used where nobody says otherwise.
+    assert not any(s["donor"] for s in balanced["sources"]), balanced["sources"]
+    donors = ask(kvloom, collection, "Which code does the tram depot have?")
+    shared = {(s["path"], s["chunk"]) for s in exact["sources"]}
+    assert any(s["donor"] for s in donors["sources"]), donors["sources"]
+    for source in donors["sources"]:
+        is_known = (source["path"], source["chunk"]) in shared
+        assert source["donor"] == (is_known and source["blended"] > 0), (source, shared)
+    streamed = run(kvloom, "ask", question, "--collection", collection, "--donors", "off",
+                   "--max-tokens", "24").decode()
     assert streamed.startswith(balanced["answer"]), (streamed, balanced["answer"])
     assert "Sources, best first:" in streamed and "1.md, chunk" in streamed
 
@@ -135,6 +143,7 @@ def check_wrong_use(kvloom, folder, collection):
     for text, arguments in (
             ("must be exact, verified, balanced or fast",
              ("ask", "what?", "--quality", "perfect")),
+            ("must be on, read or off", ("ask", "what?", "--donors", "often")),
             ("--top", ("ask", "what?", "--top", "0")),
             ("--chunk-tokens", ("ingest", folder, "--chunk-tokens", "7"))):
         process = start(kvloom, *arguments)

@@ -22,6 +22,9 @@ typedef struct fixture {
     pthread_t threads[N_HOSTS];
     kvl_exchange *client;
     double audit_share;
+    /* Of hosts that are started from now on. */
+    int tenant;
+    uint64_t donor_bytes_max;
 } fixture;
 
 static const char *const names[N_HOSTS] = {"one", "two"};
@@ -47,7 +50,8 @@ static inline void start_host(fixture *f, int h)
     options.engine = (kvl_engine_options){.model_path = f->model, .n_threads = 1, .n_pages = 128};
     options.anchors.distance_max = 1000.0F; /* random weights: nothing is near anything */
     options.audit_share = f->audit_share;
-    memset(options.tenant_key, 42, sizeof options.tenant_key);
+    options.donor_bytes_max = f->donor_bytes_max;
+    memset(options.tenant_key, 42 + f->tenant, sizeof options.tenant_key);
     kvl_error error = {0};
     if (kvl_host_create(&options, &f->hosts[h], &error) != KVL_OK) fail_msg("%s", error.text);
     assert_int_equal(pthread_create(&f->threads[h], NULL, run_host, f->hosts[h]), 0);
@@ -74,7 +78,7 @@ static inline void wait_until(fixture *f, int h, bool up)
 static inline int setup(void **state)
 {
     static fixture f;
-    f = (fixture){.directory = "/tmp/kvloom-host-XXXXXX"};
+    f = (fixture){.directory = "/tmp/kvloom-host-XXXXXX", .donor_bytes_max = 64 << 20};
     assert_non_null(mkdtemp(f.directory));
     (void)snprintf(f.model, sizeof f.model, "%s/model.gguf", f.directory);
     kvl_tiny_gguf_options tiny = kvl_tiny_gguf_defaults("llama");

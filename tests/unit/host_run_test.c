@@ -187,6 +187,10 @@ static void test_blending_recomputes_what_it_says(void **state)
     assert_int_equal(reply->run->recomputed, count_blended(reply) * 15 / 100);
     kvloom__v1__host_reply__free_unpacked(reply, NULL);
 
+    reply = blended(f, "Gradually now: what deviates most of all?", "deviation15g", balanced);
+    assert_int_equal(reply->run->recomputed, count_blended(reply) * 15 / 100);
+    kvloom__v1__host_reply__free_unpacked(reply, NULL);
+
     reply = blended(f, "What stands there, in a word or two?", "sink8+draft15", balanced);
     const uint32_t n_most = count_blended(reply) * 15 / 100;
     assert_int_equal(reply->run->recomputed, sinks < n_most ? n_most : sinks);

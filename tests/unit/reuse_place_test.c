@@ -423,6 +423,63 @@ static void test_layers_are_the_container(void **state)
     }
 }
 
+/* A mean is added to what is stored, before rotation: the same bits as a segment that had it in. */
+static void test_a_mean_lands_before_rotation(void **state)
+{
+    (void)state;
+    kvl_random random = kvl_test_random();
+    for (int round = 0; round < ROUNDS; round++) {
+        scene *s = scene_random(&random);
+        const uint32_t more = kvl_test_below(&random, 20);
+        kvl_mean mean;
+        assert_int_equal(
+            kvl_mean_init(&mean, s->pages.n_layers, s->pages.n_kv_heads, s->pages.head_dim, NULL),
+            KVL_OK);
+        const size_t row = (size_t)s->pages.n_kv_heads * s->pages.head_dim;
+        const size_t n_mean = row * KVL_MEAN_ROWS * s->pages.n_layers;
+        kvl_test_fill_normal(&random, mean.keys, n_mean);
+        kvl_test_fill_normal(&random, mean.values, n_mean);
+        size_t n_scratch = 0;
+        assert_true(kvl_place_layer_floats(&s->pages, &n_scratch));
+        float *scratch = kvl_alloc_aligned(n_scratch * sizeof *scratch);
+        float *seen = kvl_alloc(s->n_pages_floats * sizeof *seen);
+        assert_true(scratch != NULL && seen != NULL);
+        memcpy(seen, s->pages.memory, s->n_pages_floats * sizeof *seen);
+        kvl_container *plain = segment_of(s, more, KVL_KV_F32);
+        kvl_container_seal(plain);
+        for (uint32_t l = 0; l < s->pages.n_layers; l++) {
+            assert_int_equal(
+                kvl_place_layer_moved(&s->target, plain, l, &s->tokens, more, &mean, scratch, NULL),
+                KVL_OK);
+            for (uint32_t t = 0; t < s->tokens.n_tokens; t++) {
+                const size_t from =
+                    ((size_t)l * KVL_MEAN_ROWS + (more + t < 16 ? more + t : 16)) * row;
+                for (size_t d = 0; d < row; d++) {
+                    s->keys[l * s->n + t * row + d] += mean.keys[from + d];
+                    s->values[l * s->n + t * row + d] += mean.values[from + d];
+                }
+            }
+        }
+        kvl_container *moved = segment_of(s, more, KVL_KV_F32);
+        kvl_container_seal(moved);
+        float *wanted = kvl_alloc(s->n_pages_floats * sizeof *wanted);
+        assert_non_null(wanted);
+        memcpy(wanted, s->pages.memory, s->n_pages_floats * sizeof *wanted);
+        memcpy(s->pages.memory, seen, s->n_pages_floats * sizeof *wanted);
+        for (uint32_t l = 0; l < s->pages.n_layers; l++)
+            assert_int_equal(kvl_place_layer(&s->target, moved, l, &s->tokens, more, scratch, NULL),
+                             KVL_OK);
+        assert_memory_equal(s->pages.memory, wanted, s->n_pages_floats * sizeof *wanted);
+        kvl_free(wanted);
+        kvl_free(seen);
+        kvl_free(scratch);
+        kvl_mean_deinit(&mean);
+        kvl_container_release(plain);
+        kvl_container_release(moved);
+        scene_free(s);
+    }
+}
+
 static void test_container_of_another_shape_is_refused(void **state)
 {
     (void)state;
@@ -501,6 +558,7 @@ int main(void)
         cmocka_unit_test(test_out_of_range_writes_nothing),
         cmocka_unit_test(test_container_is_its_layers),
         cmocka_unit_test(test_layers_are_the_container),
+        cmocka_unit_test(test_a_mean_lands_before_rotation),
         cmocka_unit_test(test_container_of_another_shape_is_refused),
         cmocka_unit_test(test_damaged_block_is_refused),
     };

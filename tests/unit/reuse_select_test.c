@@ -111,7 +111,8 @@ static void test_ties_go_to_the_lower_position(void **state)
 {
     (void)state;
     scene s = {.runs = {{10, 40}, {60, 40}}, .n_runs = 2};
-    const kvl_select_policy policy = {"test", 0, KVL_SELECT_DEVIATION, 0.25F, false, 1};
+    const kvl_select_policy policy = {
+        .name = "test", .score = KVL_SELECT_DEVIATION, .share = 0.25F, .pool_width = 1};
     uint32_t chosen[80];
     uint32_t n = 0;
     assert_int_equal(kvl_select_tokens(&policy, s.runs, 2, s.scores, chosen, &n, NULL), KVL_OK);
@@ -125,7 +126,8 @@ static void test_no_number_comes_last(void **state)
     (void)state;
     scene s = {.runs = {{0, 10}}, .n_runs = 1};
     for (int i = 0; i < 10; i++) s.scores[i] = i % 2 == 0 ? NAN : (float)i;
-    const kvl_select_policy policy = {"test", 0, KVL_SELECT_DEVIATION, 0.5F, false, 1};
+    const kvl_select_policy policy = {
+        .name = "test", .score = KVL_SELECT_DEVIATION, .share = 0.5F, .pool_width = 1};
     uint32_t chosen[10];
     uint32_t n = 0;
     assert_int_equal(kvl_select_tokens(&policy, s.runs, 1, s.scores, chosen, &n, NULL), KVL_OK);
@@ -141,6 +143,13 @@ static void test_policies_have_names(void **state)
         assert_ptr_equal(kvl_select_find(p->name), p);
         assert_int_equal(p->pool_width % 2, 1);
         assert_true(p->share >= 0.0F && p->share <= 1.0F);
+        const bool deviates =
+            p->score == KVL_SELECT_DEVIATION || p->score == KVL_SELECT_ATTENDED_DEVIATION;
+        assert_int_equal(deviates, p->n_checks > 0);
+        for (uint32_t c = 1; c < p->n_checks; c++) {
+            assert_true(p->checks[c].layer > p->checks[c - 1].layer);
+            assert_true(p->checks[c].share < p->checks[c - 1].share);
+        }
     }
     assert_true(n > 5);
     assert_null(kvl_select_find("no such policy"));
