@@ -25,7 +25,7 @@ fi
 # and the official client of the HTTP API is installed into an environment of its own in the cache.
 packages="build-essential cmake pkg-config protobuf-c-compiler libprotobuf-c-dev libzmq3-dev
 liblmdb-dev libopenblas-dev libsodium-dev libssl-dev libyaml-dev libxxhash-dev libpcre2-dev
-libjansson-dev libmicrohttpd-dev libgnutls28-dev libsqlite3-dev libcmocka-dev help2man python3
+libjansson-dev libmsgpack-dev libmicrohttpd-dev libgnutls28-dev libsqlite3-dev libcmocka-dev help2man python3
 python3-pip ca-certificates"
 test_packages="python3-venv python3-xxhash python3-zmq python3-protobuf"
 

@@ -3,6 +3,7 @@
 
 #include "base/alloc.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <ftw.h>
@@ -98,7 +99,18 @@ kvl_status kvl_file_read(const char *path, size_t n_bytes_max, char **bytes, siz
     return status;
 }
 
-static bool write_all(int fd, const char *bytes, size_t n_bytes)
+kvl_status kvl_file_open(const char *path, int *descriptor, size_t *n_bytes, kvl_error *error)
+{
+    return open_regular(path, descriptor, n_bytes, error);
+}
+
+kvl_status kvl_file_remove(const char *path, kvl_error *error)
+{
+    if (unlink(path) != 0 && errno != ENOENT) return fail(error, "remove", path);
+    return KVL_OK;
+}
+
+static bool put_all(int fd, const char *bytes, size_t n_bytes)
 {
     size_t done = 0;
     while (done < n_bytes) {
@@ -107,7 +119,12 @@ static bool write_all(int fd, const char *bytes, size_t n_bytes)
         if (put <= 0) return false;
         done += (size_t)put;
     }
-    return fsync(fd) == 0;
+    return true;
+}
+
+static bool write_all(int fd, const char *bytes, size_t n_bytes)
+{
+    return put_all(fd, bytes, n_bytes) && fsync(fd) == 0;
 }
 
 kvl_status kvl_file_write(const char *path, const void *bytes, size_t n_bytes, kvl_error *error)
@@ -128,6 +145,50 @@ kvl_status kvl_file_write(const char *path, const void *bytes, size_t n_bytes, k
     return KVL_OK;
 }
 
+kvl_status kvl_file_writer_open(const char *path, kvl_file_writer *writer, kvl_error *error)
+{
+    writer->descriptor = -1;
+    writer->path = kvl_strdup(path);
+    if (writer->path == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a path");
+    writer->descriptor = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (writer->descriptor >= 0) return KVL_OK;
+    const kvl_status status = fail(error, "create", path);
+    kvl_free(writer->path);
+    writer->path = NULL;
+    return status;
+}
+
+kvl_status kvl_file_writer_add(kvl_file_writer *writer, const void *bytes, size_t n_bytes,
+                               kvl_error *error)
+{
+    if (put_all(writer->descriptor, bytes, n_bytes)) return KVL_OK;
+    return fail(error, "write", writer->path);
+}
+
+kvl_status kvl_file_writer_commit(kvl_file_writer *writer, const char *path, kvl_error *error)
+{
+    const bool synced = fsync(writer->descriptor) == 0;
+    const bool closed = close(writer->descriptor) == 0;
+    writer->descriptor = -1;
+    kvl_status status = KVL_OK;
+    if (!synced || !closed || rename(writer->path, path) != 0) {
+        status = fail(error, "write", path);
+        (void)unlink(writer->path);
+    }
+    kvl_free(writer->path);
+    writer->path = NULL;
+    return status;
+}
+
+void kvl_file_writer_abandon(kvl_file_writer *writer)
+{
+    if (writer->path == NULL) return;
+    (void)close(writer->descriptor);
+    (void)unlink(writer->path);
+    kvl_free(writer->path);
+    *writer = (kvl_file_writer){.descriptor = -1};
+}
+
 kvl_status kvl_directory_make(const char *path, kvl_error *error)
 {
     char partial[PATH_MAX];
@@ -145,6 +206,25 @@ kvl_status kvl_directory_make(const char *path, kvl_error *error)
     struct stat about;
     if (stat(path, &about) != 0 || !S_ISDIR(about.st_mode))
         return KVL_FAIL(error, KVL_ERR_IO, "%s is not a directory", path);
+    return KVL_OK;
+}
+
+kvl_status kvl_directory_make_private(const char *path, kvl_error *error)
+{
+    KVL_TRY(kvl_directory_make(path, error));
+    if (chmod(path, 0700) != 0) return fail(error, "change", path);
+    return KVL_OK;
+}
+
+kvl_status kvl_directory_each(const char *path, void (*each)(void *context, const char *name),
+                              void *context, kvl_error *error)
+{
+    DIR *folder = opendir(path);
+    if (folder == NULL) return fail(error, "open", path);
+    for (const struct dirent *entry = readdir(folder); entry != NULL; entry = readdir(folder))
+        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
+            each(context, entry->d_name);
+    (void)closedir(folder);
     return KVL_OK;
 }
 

@@ -28,6 +28,33 @@ KVL_MUST_USE kvl_status kvl_file_read(const char *path, size_t n_bytes_max, char
 KVL_MUST_USE kvl_status kvl_file_write(const char *path, const void *bytes, size_t n_bytes,
                                        kvl_error *error);
 
+/* Opens a regular file to read. Owns *descriptor: ended with close(2).
+ * Errors   KVL_ERR_NOT_FOUND, KVL_ERR_IO */
+KVL_MUST_USE kvl_status kvl_file_open(const char *path, int *descriptor, size_t *n_bytes,
+                                      kvl_error *error);
+/* Removes a file; one that is not there is fine. Errors   KVL_ERR_IO */
+KVL_MUST_USE kvl_status kvl_file_remove(const char *path, kvl_error *error);
+
+/* A file that comes in pieces, and is there as a whole or not at all. */
+typedef struct kvl_file_writer {
+    int descriptor;
+    char *path; /* of the unfinished file */
+} kvl_file_writer;
+
+/* Makes `path`, which must not be there, for its owner alone.
+ * Owns     *writer: ended with kvl_file_writer_commit or _abandon
+ * Errors   KVL_ERR_IO, KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status kvl_file_writer_open(const char *path, kvl_file_writer *writer,
+                                             kvl_error *error);
+/* Errors   KVL_ERR_IO */
+KVL_MUST_USE kvl_status kvl_file_writer_add(kvl_file_writer *writer, const void *bytes,
+                                            size_t n_bytes, kvl_error *error);
+/* Syncs and gives the file its name, in place of what may have had it. Errors   KVL_ERR_IO */
+KVL_MUST_USE kvl_status kvl_file_writer_commit(kvl_file_writer *writer, const char *path,
+                                               kvl_error *error);
+/* Removes the unfinished file. One that is ended already does nothing. */
+void kvl_file_writer_abandon(kvl_file_writer *writer);
+
 /* A file of lines that grows: a log that is gone on with after a crash. */
 typedef struct kvl_line_file {
     int descriptor;
@@ -48,6 +75,14 @@ void kvl_line_file_close(kvl_line_file *file);
 /* Makes a directory and its parents; an existing one is fine.
  * Errors   KVL_ERR_IO, KVL_ERR_TOO_LARGE (path longer than 4095 bytes) */
 KVL_MUST_USE kvl_status kvl_directory_make(const char *path, kvl_error *error);
+
+/* The same, and nobody but its owner may look into it. Errors   as above */
+KVL_MUST_USE kvl_status kvl_directory_make_private(const char *path, kvl_error *error);
+/* Calls each(context, name) for every entry but . and .., in no order.
+ * Errors   KVL_ERR_NOT_FOUND, KVL_ERR_IO */
+KVL_MUST_USE kvl_status kvl_directory_each(const char *path,
+                                           void (*each)(void *context, const char *name),
+                                           void *context, kvl_error *error);
 
 /* Removes a directory with everything in it; one that is not there is fine. Symbolic links are
  * removed, not followed. */

@@ -15,6 +15,7 @@
 #include <string.h>
 
 typedef struct step {
+    uint64_t hash; /* for the watcher */
     uint32_t page;
     uint32_t ids[KVL_PAGE_TOKENS];
 } step;
@@ -44,6 +45,7 @@ struct kvl_prefix_tree {
     uint64_t secret; /* so that nobody can choose prompts that fall into one bucket */
     uint64_t serial_next;
     uint32_t n_pages;
+    kvl_prefix_tree_watcher watcher; /* functions NULL: none */
 };
 
 /* ---- the list by last use ---- */
@@ -239,6 +241,42 @@ static void split(kvl_prefix_tree *tree, node *lower, node *upper)
     tree->n_nodes++;
 }
 
+static uint64_t hash_of_step(uint64_t salt, const step *before, const uint32_t *ids)
+{
+    struct {
+        uint64_t salt;
+        uint64_t before;
+        uint32_t ids[KVL_PAGE_TOKENS];
+    } key = {.salt = salt, .before = before == NULL ? 0 : before->hash};
+    memcpy(key.ids, ids, sizeof key.ids);
+    return kvl_checksum(&key, sizeof key);
+}
+
+/* Pages by pages: a leaf has as many as there are, and no memory must be wanted here. */
+static void tell_stored(const kvl_prefix_tree *tree, const node *leaf, const uint32_t *ids)
+{
+    enum { AT_ONCE = 64 };
+    if (tree->watcher.stored == NULL) return;
+    const node *parent = leaf->parent;
+    const uint64_t *before = parent == NULL ? NULL : &parent->steps[parent->n_steps - 1].hash;
+    for (uint32_t first = 0; first < leaf->n_steps; first += AT_ONCE) {
+        uint64_t hashes[AT_ONCE];
+        uint32_t n = 0;
+        while (n < AT_ONCE && first + n < leaf->n_steps) {
+            hashes[n] = leaf->steps[first + n].hash;
+            n++;
+        }
+        tree->watcher.stored(tree->watcher.context, before, hashes,
+                             ids + (size_t)first * KVL_PAGE_TOKENS, n);
+        before = &leaf->steps[first + n - 1].hash;
+    }
+}
+
+void kvl_prefix_tree_watch(kvl_prefix_tree *tree, const kvl_prefix_tree_watcher *watcher)
+{
+    tree->watcher = watcher == NULL ? (kvl_prefix_tree_watcher){0} : *watcher;
+}
+
 /* Adds a new leaf below `parent` and takes a reference to each of its pages. */
 static void attach(kvl_prefix_tree *tree, node *parent, node *leaf, const uint32_t *ids,
                    const uint32_t *pages)
@@ -246,6 +284,10 @@ static void attach(kvl_prefix_tree *tree, node *parent, node *leaf, const uint32
     for (uint32_t i = 0; i < leaf->n_steps; i++) {
         leaf->steps[i].page = pages[i];
         memcpy(leaf->steps[i].ids, ids + (size_t)i * KVL_PAGE_TOKENS, sizeof leaf->steps[i].ids);
+        const step *before = i > 0            ? &leaf->steps[i - 1]
+                             : parent != NULL ? &parent->steps[parent->n_steps - 1]
+                                              : NULL;
+        leaf->steps[i].hash = hash_of_step(leaf->salt, before, leaf->steps[i].ids);
     }
     kvl_page_pool_share(tree->pool, leaf->n_steps, pages);
     leaf->parent = parent;
@@ -254,6 +296,7 @@ static void attach(kvl_prefix_tree *tree, node *parent, node *leaf, const uint32
     list_before(tree, leaf, tree->newest);
     tree->n_nodes++;
     tree->n_pages += leaf->n_steps;
+    tell_stored(tree, leaf, ids);
 }
 
 kvl_status kvl_prefix_tree_insert(kvl_prefix_tree *tree, uint64_t salt, const uint32_t *ids,
@@ -293,6 +336,8 @@ static uint32_t trim(kvl_prefix_tree *tree, node *leaf, uint32_t n_free_wanted)
         kvl_page_pool_release(tree->pool, 1, &page);
         leaf->n_steps--;
         n_freed++;
+        if (tree->watcher.removed != NULL)
+            tree->watcher.removed(tree->watcher.context, &leaf->steps[leaf->n_steps].hash, 1);
     }
     tree->n_pages -= n_freed;
     return n_freed;

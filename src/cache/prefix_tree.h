@@ -39,6 +39,20 @@ KVL_MUST_USE kvl_status kvl_prefix_tree_insert(kvl_prefix_tree *tree, uint64_t s
  * in the pool or nothing is left to free. Returns how many pages it freed. */
 uint32_t kvl_prefix_tree_evict(kvl_prefix_tree *tree, uint32_t n_pages);
 
+/* Who is told what enters and leaves the tree. Calls come while it changes: do not use it then. */
+typedef struct kvl_prefix_tree_watcher {
+    /* n_pages pages behind `parent` (NULL: the first of a prompt), by their hashes, and their ids
+     * [n_pages * KVL_PAGE_TOKENS]. Borrowed. */
+    void (*stored)(void *context, const uint64_t *parent, const uint64_t *hashes,
+                   const uint32_t *ids, size_t n_pages);
+    void (*removed)(void *context, const uint64_t *hashes, size_t n_pages);
+    void *context;
+} kvl_prefix_tree_watcher;
+
+/* A page's hash is one of salt, the page before it and its ids: the same prefix has the same one.
+ * NULL: nobody is told any more. */
+void kvl_prefix_tree_watch(kvl_prefix_tree *tree, const kvl_prefix_tree_watcher *watcher);
+
 uint32_t kvl_prefix_tree_n_pages(const kvl_prefix_tree *tree);
 
 #endif /* KVL_CACHE_PREFIX_TREE_H */

@@ -80,7 +80,8 @@ static kvl_status say(history *said, const char *role, const char *text, size_t 
     if (copy == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a message");
     memcpy(copy, text, n_bytes);
     copy[n_bytes] = '\0';
-    said->messages[said->n++] = (kvl_message){role, copy, n_bytes};
+    said->messages[said->n++] =
+        (kvl_message){.role = role, .content = copy, .content_bytes = n_bytes};
     return KVL_OK;
 }
 

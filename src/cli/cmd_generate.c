@@ -97,7 +97,7 @@ static kvl_status render_text(const kvl_model *model, const arguments *wanted, c
 {
     if (wanted->raw)
         return kvl_tokenize(kvl_model_tokenizer(model), text, n_bytes, true, ids, n_ids, error);
-    const kvl_message message = {"user", text, n_bytes};
+    const kvl_message message = {.role = "user", .content = text, .content_bytes = n_bytes};
     return render(model, &message, 1, ids, n_ids, error);
 }
 

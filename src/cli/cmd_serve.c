@@ -6,6 +6,7 @@
 #include "cli/cli.h"
 #include "cli/task.h"
 #include "host/host.h"
+#include "host/kv_events.h"
 #include "http/http.h"
 
 #include <argp.h>
@@ -34,6 +35,12 @@ enum {
     OPTION_AUDIT,
     OPTION_HEAL_SHARE,
     OPTION_ORDER,
+    OPTION_DATA,
+    OPTION_QUALITY,
+    OPTION_KV_EVENTS,
+    OPTION_KV_EVENTS_REPLAY,
+    OPTION_KV_EVENTS_TOPIC,
+    OPTION_FILES_MB
 };
 
 typedef struct arguments {
@@ -41,7 +48,8 @@ typedef struct arguments {
     kvl_host_options host;
     kvl_exchange_peer peers[KVL_PEERS_MAX];
     const char *key_file;
-    kvl_http_options http; /* address NULL: none */
+    kvl_http_options http;        /* address NULL: none */
+    kvl_kv_events_options events; /* endpoint NULL: none */
     kvl_scheduler_options scheduler;
     bool with_parent;
 } arguments;
@@ -67,6 +75,16 @@ static const struct argp_option options[] = {
      "PEM, with its chain: HTTPS instead of HTTP; needs --tls-key", 0},
     {"tls-key", OPTION_TLS_KEY, "FILE", 0, "PEM; only its owner may read it", 0},
     {"served-name", OPTION_SERVED_NAME, "NAME", 0, "What the API calls the model (--model)", 0},
+    {"quality", OPTION_QUALITY, "NAME", 0,
+     "How chats that name none may reuse texts: exact (default), balanced, fast, verified, healed",
+     0},
+    {"kv-events", OPTION_KV_EVENTS, "ENDPOINT", 0,
+     "Tell routers what is cached, as vLLM does: ipc:///PATH or tcp://127.0.0.1:PORT", 0},
+    {"kv-events-replay", OPTION_KV_EVENTS_REPLAY, "ENDPOINT", 0, "Answer those who missed some", 0},
+    {"kv-events-topic", OPTION_KV_EVENTS_TOPIC, "TEXT", 0, "First frame of every event (empty)", 0},
+    {"data", OPTION_DATA, "DIR", 0,
+     "Keep clients' files and batches there: /v1/files and /v1/batches", 0},
+    {"files-mb", OPTION_FILES_MB, "N", 0, "Most that a tenant's files may have (1024)", 0},
     {"answers", OPTION_ANSWERS, "N", 0, "Answers that are computed at once (64)", 0},
     {"waiting", OPTION_WAITING, "N", 0, "Requests that may wait; more are told to come again (256)",
      0},
@@ -102,6 +120,21 @@ static bool is_host(const arguments *wanted)
            wanted->key_file != NULL || host->n_peers > 0;
 }
 
+/* What needs something else that was not asked for. */
+static void check_together(const arguments *wanted, const struct argp_state *state)
+{
+    if (wanted->events.endpoint != NULL && wanted->http.address == NULL)
+        argp_error(state, "--kv-events needs --http");
+    if (wanted->events.endpoint == NULL && wanted->events.replay_endpoint != NULL)
+        argp_error(state, "--kv-events-replay needs --kv-events");
+    if (is_host(wanted) || wanted->http.address == NULL) {
+        if (wanted->host.name == NULL || wanted->host.endpoint == NULL ||
+            wanted->host.store_path == NULL || wanted->key_file == NULL)
+            argp_error(state, "--name, --listen, --store and --key-file are needed, or --http "
+                              "alone");
+    }
+}
+
 static error_t parse(int key, char *text, struct argp_state *state)
 {
     arguments *wanted = state->input;
@@ -133,6 +166,15 @@ static error_t parse(int key, char *text, struct argp_state *state)
     case OPTION_TLS_CERTIFICATE: wanted->http.certificate_file = text; return 0;
     case OPTION_TLS_KEY: wanted->http.certificate_key_file = text; return 0;
     case OPTION_SERVED_NAME: wanted->http.model_name = text; return 0;
+    case OPTION_KV_EVENTS: wanted->events.endpoint = text; return 0;
+    case OPTION_KV_EVENTS_REPLAY: wanted->events.replay_endpoint = text; return 0;
+    case OPTION_KV_EVENTS_TOPIC: wanted->events.topic = text; return 0;
+    case OPTION_QUALITY: wanted->http.quality = text; return 0;
+    case OPTION_DATA: wanted->http.data_path = text; return 0;
+    case OPTION_FILES_MB:
+        wanted->http.tenant_bytes_max =
+            (uint64_t)kvl_cli_number(state, "--files-mb", text, 1, 1 << 24) << 20;
+        return 0;
     case OPTION_ANSWERS:
         wanted->scheduler.n_running_max = kvl_cli_number(state, "--answers", text, 1, 512);
         return 0;
@@ -156,14 +198,7 @@ static error_t parse(int key, char *text, struct argp_state *state)
         return 0;
     case OPTION_PAPER: host->anchors.mode = KVL_ANCHOR_PAPER; return 0;
     case OPTION_WITH_PARENT: wanted->with_parent = true; return 0;
-    case ARGP_KEY_END:
-        if (is_host(wanted) || wanted->http.address == NULL) {
-            if (host->name == NULL || host->endpoint == NULL || host->store_path == NULL ||
-                wanted->key_file == NULL)
-                argp_error(state, "--name, --listen, --store and --key-file are needed, or --http "
-                                  "alone");
-        }
-        return 0;
+    case ARGP_KEY_END: check_together(wanted, state); return 0;
     default: return ARGP_ERR_UNKNOWN;
     }
 }
@@ -219,15 +254,31 @@ static void *wait_for_signal(void *argument)
     return NULL;
 }
 
+/* Nothing where no events were asked for. */
+static kvl_status start_events(arguments *wanted, const kvl_service *service,
+                               kvl_kv_events **events, kvl_error *error)
+{
+    if (wanted->events.endpoint == NULL) return KVL_OK;
+    const kvl_engine *engine = kvl_service_engine(service);
+    wanted->events.medium = kvl_engine_loads(engine) ? "CPU" : "GPU";
+    return kvl_kv_events_start(&wanted->events, engine->tree, events, error);
+}
+
 /* Serves until it is told to stop; host or service is there and ready. */
 static kvl_status run(arguments *wanted, stopped *waited, kvl_error *error)
 {
     kvl_http *http = NULL;
+    kvl_kv_events *events = NULL;
     if (wanted->http.address != NULL) {
         kvl_service *service =
             waited->host != NULL ? kvl_host_service(waited->host) : waited->service;
         wanted->http.host = waited->host;
-        KVL_TRY(kvl_http_start(&wanted->http, service, &http, error));
+        KVL_TRY(start_events(wanted, service, &events, error));
+        const kvl_status status = kvl_http_start(&wanted->http, service, &http, error);
+        if (status != KVL_OK) {
+            kvl_kv_events_stop(events);
+            return status;
+        }
         /* A script may have asked for any free port: it reads here which it got. */
         (void)printf("listening at %s\n", kvl_http_address(http));
         (void)fflush(stdout);
@@ -235,6 +286,7 @@ static kvl_status run(arguments *wanted, stopped *waited, kvl_error *error)
     pthread_t waiter;
     if (pthread_create(&waiter, NULL, wait_for_signal, waited) != 0) {
         kvl_http_stop(http);
+        kvl_kv_events_stop(events);
         return KVL_FAIL(error, KVL_ERR_IO, "cannot start a thread");
     }
     if (waited->host != NULL) {
@@ -246,6 +298,7 @@ static kvl_status run(arguments *wanted, stopped *waited, kvl_error *error)
     (void)sem_post(&signalled);
     (void)pthread_join(waiter, NULL);
     kvl_http_stop(http);
+    kvl_kv_events_stop(events);
     return KVL_OK;
 }
 

@@ -216,7 +216,7 @@ kvl_status kvl_rag_prompt_make(const kvl_model *model, const char *instruction,
 {
     KVL_ASSERT(n <= KVL_RAG_CHUNKS_MAX);
     begin(prompt, primer);
-    const kvl_message message = {"user", "text", 4};
+    const kvl_message message = {.role = "user", .content = "text", .content_bytes = 4};
     kvl_prompt rendered = {0};
     kvl_status status = kvl_chat_render(kvl_model_chat_template(model), kvl_model_tokenizer(model),
                                         &message, 1, true, &rendered, error);

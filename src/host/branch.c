@@ -12,6 +12,7 @@ kvl_status kvl_request_create(const kvl_generation *asked, kvl_request **request
     if (made == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a request");
     made->asked = *asked;
     made->asked.ids = NULL;
+    made->asked.texts = NULL;
     made->asked.stops = NULL;
     made->n_open = asked->n_branches;
     size_t n_bytes = 0;

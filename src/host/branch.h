@@ -21,6 +21,7 @@ typedef struct kvl_request {
     size_t longest_stop;
     uint32_t n_open;   /* branches not finished */
     uint32_t n_cached; /* of the prompt */
+    kvl_reuse_report reuse;
     bool is_admitted, is_cancelled, is_forked;
 } kvl_request;
 

@@ -26,7 +26,7 @@ static kvl_status take_header(kvl_host *host, const kvl_prompt *prompt, kvl_erro
 /* The header is the chat template's own opening before a user's text. */
 kvl_status host_homes_init(kvl_host *host, kvl_error *error)
 {
-    const kvl_message message = {"user", "text", 4};
+    const kvl_message message = {.role = "user", .content = "text", .content_bytes = 4};
     kvl_prompt prompt = {0};
     kvl_status status = kvl_chat_render(kvl_model_chat_template(host->engine->model),
                                         kvl_model_tokenizer(host->engine->model), &message, 1,

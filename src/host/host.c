@@ -125,6 +125,7 @@ static kvl_status create_parts(kvl_host *host, const kvl_host_options *options, 
     if (options->scheduler != NULL) {
         KVL_TRY(kvl_service_create(host->engine, options->scheduler, &host->service, error));
         kvl_service_attach(host->service, do_waiting_tasks, host);
+        kvl_service_fill(host->service, host_fill, host);
     }
     const kvl_exchange_options exchange = {
         .name = options->name,
@@ -185,6 +186,7 @@ void kvl_host_destroy(kvl_host *host)
     kvl_service_destroy(host->service);
     heal_deinit(host);
     plans_deinit(host);
+    host_reads_deinit(host);
     if (host->quality.path != NULL) host_save_quality(host);
     quality_deinit(&host->quality);
     kvl_anchor_pool_destroy(host->anchors);
@@ -402,9 +404,10 @@ static bool do_waiting_tasks(void *context, bool is_idle)
         heal_beside(host, worked_ns);
         host_show(host);
     }
-    const bool has_more = is_idle ? heal_when_idle(host) : host->heals.first != NULL;
+    if (is_idle) host_read_step(host);
+    const bool heals = is_idle ? heal_when_idle(host) : host->heals.first != NULL;
     host->left_ns = kvl_clock_now(host->clock);
-    return has_more;
+    return heals || host->reads.n > 0;
 }
 
 const kvl_model *kvl_host_model(const kvl_host *host)

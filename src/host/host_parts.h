@@ -64,6 +64,21 @@ typedef struct host_home {
     uint64_t last_use; /* of a primer */
 } host_home;
 
+/* Texts of requests that nobody has read at home yet: read when there is nothing else to do. */
+typedef struct host_read {
+    uint32_t *ids; /* [n_ids] */
+    uint32_t n_ids;
+    kvl_digest owner;
+    uint64_t salt;
+} host_read;
+
+#define KVL_READS_MAX 64u
+
+typedef struct host_reads {
+    host_read texts[KVL_READS_MAX]; /* [n], oldest first */
+    uint32_t n;
+} host_reads;
+
 struct kvl_host {
     kvl_engine *engine;
     kvl_tier *store;  /* the stack of memory and LMDB */
@@ -93,6 +108,7 @@ struct kvl_host {
     kvl_plan_rates rates; /* measured on this host, refreshed by every run */
     heal_queue heals;
     plan_book plans;
+    host_reads reads;
     quality_book quality;
     host_seen seen;
     int64_t left_ns; /* when work between two steps of the service was last over */
@@ -133,7 +149,8 @@ typedef struct run {
     uint32_t n_parts;
     run_part whole[KVL_WHOLE_MAX]; /* parts that run_align took apart, as they were */
     uint32_t n_whole;
-    const host_home *home; /* of slots that bring none; the host's */
+    const host_home *home; /* of slots that bring none; the host's, or: */
+    host_home owned;       /* the same ids, under an id of the owner's; ids borrowed */
     kvl_digest template_id;
     uint64_t salt;
     kvl_session *session;
@@ -321,6 +338,14 @@ KVL_MUST_USE kvl_status run_copy_sent(const run *r, kvl_sent_answer *sent, kvl_e
 /* host/gate.c: where the task asks for it, a second cache with more recompute is asked for the same
  * answer; if the two do not agree, or are not sure enough, the run is verified. */
 KVL_MUST_USE kvl_status run_gate(run *r, kvl_error *error);
+
+/* host/fill.c: prompts of the service whose texts may stand elsewhere. For kvl_service_fill; the
+ * context is the host. */
+KVL_MUST_USE kvl_status host_fill(void *host, const kvl_generation *asked, kvl_filled *filled,
+                                  kvl_error *error);
+/* Reads one of the texts that wait, if any. */
+void host_read_step(kvl_host *host);
+void host_reads_deinit(kvl_host *host);
 
 /* host/host_metrics.c: other threads see what is known now. */
 void host_show(kvl_host *host);

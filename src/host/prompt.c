@@ -121,6 +121,27 @@ static kvl_status find_policy(run *r, kvl_error *error)
     return KVL_OK;
 }
 
+/* Ids of segments come from their home's: under another id of the home, and with a tree of its own,
+ * an owner finds nothing of anybody else's, and nobody finds anything of his. */
+static kvl_status take_owner(run *r, kvl_error *error)
+{
+    const ProtobufCBinaryData *owner = &r->task->owner;
+    if (r->task->salt != 0) r->salt = r->task->salt;
+    if (owner->len == 0) return KVL_OK;
+    if (owner->len != KVL_DIGEST_BYTES)
+        return KVL_FAIL(error, KVL_ERR_INVALID, "the owner has %zu bytes, must have %u", owner->len,
+                        KVL_DIGEST_BYTES);
+    kvl_digester digester;
+    kvl_digester_init(&digester, r->host->tenant_key, sizeof r->host->tenant_key);
+    kvl_digester_add(&digester, "kvloom owner", sizeof "kvloom owner");
+    kvl_digester_add(&digester, owner->data, owner->len);
+    kvl_digester_add(&digester, r->home->id.bytes, sizeof r->home->id.bytes);
+    r->owned = *r->home;
+    r->owned.id = kvl_digester_end(&digester);
+    r->home = &r->owned;
+    return KVL_OK;
+}
+
 kvl_status run_init(run *r, kvl_host *host, const Kvloom__V1__RunTask *task, kvl_error *error)
 {
     *r = (run){.host = host, .task = task, .start_ns = kvl_clock_now(host->clock)};
@@ -137,6 +158,7 @@ kvl_status run_init(run *r, kvl_host *host, const Kvloom__V1__RunTask *task, kvl
     KVL_TRY(find_policy(r, error));
     KVL_TRY(run_find_scope(r, error));
     KVL_TRY(host_home_find(host, task, &r->home, error));
+    KVL_TRY(take_owner(r, error));
     uint32_t n_slots = 0;
     for (size_t p = 0; p < task->n_parts; p++)
         KVL_TRY(add_part(r, task->parts[p], &n_slots, error));

@@ -54,15 +54,21 @@ kvl_status kvl_scheduler_create(kvl_engine *engine, const kvl_scheduler_options 
     return KVL_OK;
 }
 
+static void destroy_list(kvl_branch *branch)
+{
+    while (branch != NULL) {
+        kvl_branch *next = branch->next;
+        kvl_branch_destroy(branch);
+        branch = next;
+    }
+}
+
 void kvl_scheduler_destroy(kvl_scheduler *scheduler)
 {
     if (scheduler == NULL) return;
     for (uint32_t i = 0; i < scheduler->n_running; i++) kvl_branch_destroy(scheduler->running[i]);
-    while (scheduler->waiting != NULL) {
-        kvl_branch *next = scheduler->waiting->next;
-        kvl_branch_destroy(scheduler->waiting);
-        scheduler->waiting = next;
-    }
+    destroy_list(scheduler->waiting);
+    destroy_list(scheduler->behind);
     while (scheduler->requests != NULL) {
         kvl_request *next = scheduler->requests->next;
         kvl_request_destroy(scheduler->requests);
@@ -126,9 +132,19 @@ static kvl_status check_request(const kvl_scheduler *scheduler, const kvl_genera
     return kvl_sampling_check(&asked->sampling, error);
 }
 
+static bool is_background(const kvl_branch *branch)
+{
+    return branch->request->asked.is_background;
+}
+
+static kvl_branch **list_of(kvl_scheduler *scheduler, const kvl_branch *branch)
+{
+    return is_background(branch) ? &scheduler->behind : &scheduler->waiting;
+}
+
 static void wait_last(kvl_scheduler *scheduler, kvl_branch *branch)
 {
-    kvl_branch **at = &scheduler->waiting;
+    kvl_branch **at = list_of(scheduler, branch);
     while (*at != NULL) at = &(*at)->next;
     *at = branch;
     branch->next = NULL;
@@ -137,41 +153,78 @@ static void wait_last(kvl_scheduler *scheduler, kvl_branch *branch)
 
 void kvl_scheduler_wait_first(kvl_scheduler *scheduler, kvl_branch *branch)
 {
-    branch->next = scheduler->waiting;
-    scheduler->waiting = branch;
+    kvl_branch **list = list_of(scheduler, branch);
+    branch->next = *list;
+    *list = branch;
     scheduler->stats.n_waiting++;
+}
+
+static kvl_status check_room(kvl_scheduler *scheduler, const kvl_generation *generation,
+                             kvl_error *error)
+{
+    KVL_TRY(check_request(scheduler, generation, error));
+    if (generation->is_background || scheduler->n_new < scheduler->options.n_waiting_max)
+        return KVL_OK;
+    scheduler->stats.n_refused++;
+    return KVL_FAIL(error, KVL_ERR_BUSY, "%u requests are waiting already; try again later",
+                    scheduler->n_new);
+}
+
+/* Takes the sequence. */
+static kvl_status queue(kvl_scheduler *scheduler, const kvl_generation *generation,
+                        kvl_sequence *sequence, kvl_request **queued, kvl_error *error)
+{
+    kvl_request *request = NULL;
+    kvl_branch *branch = NULL;
+    kvl_status status = kvl_request_create(generation, &request, error);
+    if (status != KVL_OK) {
+        kvl_sequence_deinit(sequence);
+        return status;
+    }
+    status = kvl_branch_create(request, 0, generation->n_ids, sequence, &branch, error);
+    if (status != KVL_OK) {
+        kvl_request_destroy(request);
+        return status;
+    }
+    request->id = scheduler->next_id++;
+    request->next = scheduler->requests;
+    scheduler->requests = request;
+    if (!generation->is_background) scheduler->n_new++;
+    branch->arrived_ns = kvl_clock_now(scheduler->options.clock);
+    wait_last(scheduler, branch);
+    *queued = request;
+    return KVL_OK;
 }
 
 kvl_status kvl_scheduler_submit(kvl_scheduler *scheduler, const kvl_generation *generation,
                                 uint64_t *id, kvl_error *error)
 {
-    KVL_TRY(check_request(scheduler, generation, error));
-    if (scheduler->n_new >= scheduler->options.n_waiting_max) {
-        scheduler->stats.n_refused++;
-        return KVL_FAIL(error, KVL_ERR_BUSY, "%u requests are waiting already; try again later",
-                        scheduler->n_new);
-    }
+    KVL_TRY(check_room(scheduler, generation, error));
     kvl_sequence sequence;
     kvl_request *request = NULL;
-    kvl_branch *branch = NULL;
     KVL_TRY(kvl_sequence_init(&sequence, scheduler->engine, generation->salt, generation->ids,
                               generation->n_ids, error));
-    kvl_status status = kvl_request_create(generation, &request, error);
+    KVL_TRY(queue(scheduler, generation, &sequence, &request, error));
+    *id = request->id;
+    return KVL_OK;
+}
+
+kvl_status kvl_scheduler_submit_filled(kvl_scheduler *scheduler, const kvl_generation *generation,
+                                       kvl_sequence *sequence, uint32_t n_cached,
+                                       const kvl_reuse_report *report, uint64_t *id,
+                                       kvl_error *error)
+{
+    const kvl_status status = check_room(scheduler, generation, error);
+    kvl_request *request = NULL;
     if (status != KVL_OK) {
-        kvl_sequence_deinit(&sequence);
+        kvl_sequence_deinit(sequence);
         return status;
     }
-    status = kvl_branch_create(request, 0, generation->n_ids, &sequence, &branch, error);
-    if (status != KVL_OK) {
-        kvl_request_destroy(request);
-        return status;
-    }
-    request->id = *id = scheduler->next_id++;
-    request->next = scheduler->requests;
-    scheduler->requests = request;
-    scheduler->n_new++;
-    branch->arrived_ns = kvl_clock_now(scheduler->options.clock);
-    wait_last(scheduler, branch);
+    KVL_TRY(queue(scheduler, generation, sequence, &request, error));
+    request->n_cached = n_cached;
+    request->reuse = *report;
+    scheduler->stats.n_cached_tokens += n_cached;
+    *id = request->id;
     return KVL_OK;
 }
 
@@ -179,6 +232,22 @@ void kvl_scheduler_cancel(kvl_scheduler *scheduler, uint64_t id)
 {
     for (kvl_request *request = scheduler->requests; request != NULL; request = request->next)
         if (request->id == id) request->is_cancelled = true;
+}
+
+void kvl_scheduler_cancel_all(kvl_scheduler *scheduler)
+{
+    for (kvl_request *request = scheduler->requests; request != NULL; request = request->next)
+        request->is_cancelled = true;
+}
+
+kvl_engine *kvl_scheduler_engine(const kvl_scheduler *scheduler)
+{
+    return scheduler->engine;
+}
+
+uint32_t kvl_scheduler_n_running_max(const kvl_scheduler *scheduler)
+{
+    return scheduler->options.n_running_max;
 }
 
 /* ---- telling and ending ---- */
@@ -200,7 +269,7 @@ static void remove_branch(kvl_scheduler *scheduler, kvl_branch *branch)
                 (scheduler->n_running - i) * sizeof(kvl_branch *));
         return;
     }
-    for (kvl_branch **at = &scheduler->waiting; *at != NULL; at = &(*at)->next) {
+    for (kvl_branch **at = list_of(scheduler, branch); *at != NULL; at = &(*at)->next) {
         if (*at != branch) continue;
         *at = branch->next;
         scheduler->stats.n_waiting--;
@@ -216,7 +285,7 @@ static void end_branch(kvl_scheduler *scheduler, kvl_branch *branch)
     kvl_ignore(kvl_sequence_keep(&branch->sequence, &error));
     kvl_request *request = branch->request;
     remove_branch(scheduler, branch);
-    if (!request->is_admitted) scheduler->n_new--;
+    if (!request->is_admitted && !request->asked.is_background) scheduler->n_new--;
     request->is_admitted = true;
     kvl_branch_destroy(branch);
     if (request->n_open == 0) remove_request(scheduler, request);
@@ -241,6 +310,7 @@ void kvl_scheduler_tell(kvl_scheduler *scheduler, kvl_branch *branch, const kvl_
         .finish = finish,
         .n_tokens = branch->sequence.n_ids - branch->n_prompt,
         .n_cached = request->n_cached,
+        .reuse = request->reuse,
         .is_last = request->n_open == 0,
         .error = error,
     };
@@ -259,6 +329,7 @@ void kvl_scheduler_end(kvl_scheduler *scheduler, kvl_branch *branch, kvl_finish 
                                                 .text = "",
                                                 .finish = finish,
                                                 .n_cached = request->n_cached,
+                                                .reuse = request->reuse,
                                                 .error = error};
             request->asked.event(request->asked.context, &event);
         }
@@ -271,6 +342,8 @@ static kvl_branch *find_cancelled(const kvl_scheduler *scheduler)
     for (uint32_t i = 0; i < scheduler->n_running; i++)
         if (scheduler->running[i]->request->is_cancelled) return scheduler->running[i];
     for (kvl_branch *branch = scheduler->waiting; branch != NULL; branch = branch->next)
+        if (branch->request->is_cancelled) return branch;
+    for (kvl_branch *branch = scheduler->behind; branch != NULL; branch = branch->next)
         if (branch->request->is_cancelled) return branch;
     return NULL;
 }
@@ -297,6 +370,8 @@ static void strip_waiting(kvl_scheduler *scheduler)
 {
     for (kvl_branch *branch = scheduler->waiting; branch != NULL; branch = branch->next)
         kvl_sequence_forget(&branch->sequence, 0);
+    for (kvl_branch *branch = scheduler->behind; branch != NULL; branch = branch->next)
+        kvl_sequence_forget(&branch->sequence, 0);
 }
 
 /* What it has computed goes to the tree, from where it comes back when it is resumed, unless others
@@ -314,12 +389,39 @@ static void pause_branch(kvl_scheduler *scheduler, kvl_branch *branch)
     scheduler->stats.n_paused++;
 }
 
+bool kvl_scheduler_stands_still(const kvl_scheduler *scheduler, const kvl_branch *branch)
+{
+    if (!is_background(branch)) return false;
+    for (uint32_t i = 0; i < scheduler->n_running; i++)
+        if (!is_background(scheduler->running[i])) return true;
+    return false;
+}
+
+/* The first to be paused: of the background, or, where none of it runs, of all, the last that was
+ * admitted. */
+static kvl_branch *first_to_pause(const kvl_scheduler *scheduler)
+{
+    for (uint32_t i = scheduler->n_running; i-- > 0;)
+        if (is_background(scheduler->running[i])) return scheduler->running[i];
+    return scheduler->running[scheduler->n_running - 1];
+}
+
+/* Where one of the background runs, it is paused: for somebody else's pages or place. */
+static bool pause_background(kvl_scheduler *scheduler)
+{
+    if (scheduler->n_running == 0) return false;
+    kvl_branch *branch = first_to_pause(scheduler);
+    if (!is_background(branch)) return false;
+    pause_branch(scheduler, branch);
+    return true;
+}
+
 bool kvl_scheduler_make_room(kvl_scheduler *scheduler, kvl_branch *branch, uint32_t past)
 {
     const uint32_t n_missing = kvl_sequence_n_missing(&branch->sequence, past);
     if (!evict_until(scheduler, n_missing)) strip_waiting(scheduler);
     while (!evict_until(scheduler, n_missing)) {
-        kvl_branch *last = scheduler->running[scheduler->n_running - 1];
+        kvl_branch *last = first_to_pause(scheduler);
         pause_branch(scheduler, last);
         if (last == branch) return false;
     }
@@ -406,28 +508,43 @@ static void bring_best_first(kvl_scheduler *scheduler)
     scheduler->waiting = branch;
 }
 
+/* False: there is no room for it now. */
+static bool admit_branch(kvl_scheduler *scheduler, kvl_branch *branch)
+{
+    const uint32_t n_cached = branch->request->n_cached;
+    kvl_scheduler_adopt(scheduler, branch);
+    while (scheduler->n_running > 0 && !has_room_for(scheduler, branch)) {
+        if (!is_background(branch) && pause_background(scheduler)) continue;
+        /* What it has taken from the tree would be counted again. */
+        scheduler->stats.n_cached_tokens -= branch->request->n_cached - n_cached;
+        branch->request->n_cached = n_cached;
+        kvl_sequence_forget(&branch->sequence, 0);
+        return false;
+    }
+    remove_branch(scheduler, branch);
+    branch->order = scheduler->next_order++;
+    scheduler->running[scheduler->n_running++] = branch;
+    if (branch->request->is_admitted) return true;
+    branch->request->is_admitted = true;
+    if (!is_background(branch)) scheduler->n_new--;
+    scheduler->stats.n_prompt_tokens += branch->n_prompt;
+    return true;
+}
+
+static bool has_place(const kvl_scheduler *scheduler)
+{
+    return scheduler->n_running < scheduler->options.n_running_max;
+}
+
 void kvl_scheduler_admit(kvl_scheduler *scheduler)
 {
-    while (scheduler->waiting != NULL && scheduler->n_running < scheduler->options.n_running_max) {
+    while (scheduler->waiting != NULL && (has_place(scheduler) || pause_background(scheduler))) {
         bring_best_first(scheduler);
-        kvl_branch *branch = scheduler->waiting;
-        const uint32_t n_cached = branch->request->n_cached;
-        kvl_scheduler_adopt(scheduler, branch);
-        if (scheduler->n_running > 0 && !has_room_for(scheduler, branch)) {
-            /* What it has taken from the tree would be counted again. */
-            scheduler->stats.n_cached_tokens -= branch->request->n_cached - n_cached;
-            branch->request->n_cached = n_cached;
-            kvl_sequence_forget(&branch->sequence, 0);
-            return;
-        }
-        remove_branch(scheduler, branch);
-        branch->order = scheduler->next_order++;
-        scheduler->running[scheduler->n_running++] = branch;
-        if (branch->request->is_admitted) continue;
-        branch->request->is_admitted = true;
-        scheduler->n_new--;
-        scheduler->stats.n_prompt_tokens += branch->n_prompt;
+        if (!admit_branch(scheduler, scheduler->waiting)) return;
     }
+    while (scheduler->waiting == NULL && scheduler->behind != NULL && has_place(scheduler) &&
+           !kvl_scheduler_stands_still(scheduler, scheduler->behind))
+        if (!admit_branch(scheduler, scheduler->behind)) return;
 }
 
 void kvl_scheduler_stats_read(const kvl_scheduler *scheduler, kvl_scheduler_stats *stats)
@@ -436,4 +553,9 @@ void kvl_scheduler_stats_read(const kvl_scheduler *scheduler, kvl_scheduler_stat
     stats->n_running = scheduler->n_running;
     stats->free_pages = kvl_page_pool_n_free(scheduler->engine->pool);
     stats->tree_pages = kvl_prefix_tree_n_pages(scheduler->engine->tree);
+    stats->n_background = 0;
+    for (uint32_t i = 0; i < scheduler->n_running; i++)
+        stats->n_background += is_background(scheduler->running[i]) ? 1 : 0;
+    for (const kvl_branch *branch = scheduler->behind; branch != NULL; branch = branch->next)
+        stats->n_background++;
 }

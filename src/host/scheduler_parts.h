@@ -11,9 +11,10 @@ struct kvl_scheduler {
     kvl_sampler *sampler;
     kvl_request *requests; /* all that are not over */
     kvl_branch *waiting;   /* first to be admitted first; paused ones in front */
+    kvl_branch *behind;    /* the same of the background */
     kvl_branch **running;  /* [n_running], as admitted */
     uint32_t n_running;
-    uint32_t n_new; /* requests that were never admitted */
+    uint32_t n_new; /* requests that were never admitted, without the background's */
     uint64_t next_id, next_order;
     kvl_scheduler_stats stats;
     /* Of the step that runs. */
@@ -27,6 +28,8 @@ struct kvl_scheduler {
 
 /* ---- scheduler.c ---- */
 
+/* Whether a branch has to stand still: it is in the background, and another one is not. */
+bool kvl_scheduler_stands_still(const kvl_scheduler *scheduler, const kvl_branch *branch);
 /* At the front of those who wait. */
 void kvl_scheduler_wait_first(kvl_scheduler *scheduler, kvl_branch *branch);
 /* Admits whoever there are pages for. */

@@ -16,7 +16,7 @@ static uint32_t choose_decoding(kvl_scheduler *scheduler)
     uint32_t n_rows = 0;
     for (uint32_t i = 0; i < scheduler->n_running; i++) {
         kvl_branch *branch = scheduler->running[i];
-        if (n_pending(branch) != 1) continue;
+        if (n_pending(branch) != 1 || kvl_scheduler_stands_still(scheduler, branch)) continue;
         if (!kvl_scheduler_make_room(scheduler, branch, branch->sequence.n_ids)) continue;
         branch->n_rows = 1;
         n_rows++;
@@ -44,6 +44,7 @@ static void choose_prefill(kvl_scheduler *scheduler, uint32_t n_budget)
     for (uint32_t i = 0; i < scheduler->n_running && n_budget > 0; i++) {
         kvl_branch *branch = scheduler->running[i];
         if (branch->n_rows > 0 || n_pending(branch) == 1) continue;
+        if (kvl_scheduler_stands_still(scheduler, branch)) continue;
         kvl_scheduler_adopt(scheduler, branch);
         if (waits_for_prefix(scheduler, branch)) continue;
         const uint32_t n = n_pending(branch) < n_budget ? n_pending(branch) : n_budget;

@@ -26,11 +26,31 @@ kvl_status kvl_sequence_init(kvl_sequence *sequence, kvl_engine *engine, uint64_
                              const uint32_t *ids, uint32_t n_ids, kvl_error *error)
 {
     KVL_ASSERT(n_ids > 0);
-    *sequence = (kvl_sequence){.engine = engine, .salt = salt};
+    *sequence = (kvl_sequence){.engine = engine, .salt = salt, .n_exact = UINT32_MAX};
     const kvl_status status = grow(&sequence->ids, &sequence->ids_max, n_ids, error);
     if (status != KVL_OK) return status;
     memcpy(sequence->ids, ids, n_ids * sizeof *ids);
     sequence->n_ids = n_ids;
+    return KVL_OK;
+}
+
+kvl_status kvl_sequence_of_session(kvl_sequence *sequence, kvl_engine *engine, uint64_t salt,
+                                   const kvl_session *session, uint32_t n_exact, kvl_error *error)
+{
+    const uint32_t n_ids = kvl_session_n_tokens(session);
+    const uint32_t n_pages = pages_for(n_ids - 1);
+    KVL_TRY(kvl_sequence_init(sequence, engine, salt, kvl_session_tokens(session), n_ids, error));
+    const kvl_status status = grow(&sequence->pages, &sequence->pages_max, n_pages, error);
+    if (status != KVL_OK) {
+        kvl_sequence_deinit(sequence);
+        return status;
+    }
+    for (uint32_t i = 0; i < n_pages; i++)
+        sequence->pages[i] = kvl_session_slot(session, i * KVL_PAGE_TOKENS) / KVL_PAGE_TOKENS;
+    if (n_pages > 0) kvl_page_pool_share(engine->pool, n_pages, sequence->pages);
+    sequence->n_pages = n_pages;
+    sequence->n_computed = n_ids - 1;
+    sequence->n_exact = n_exact;
     return KVL_OK;
 }
 
@@ -61,6 +81,7 @@ kvl_status kvl_sequence_fork(const kvl_sequence *parent, uint32_t n_ids, kvl_seq
     }
     child->n_pages = n_pages;
     child->n_computed = n_computed;
+    child->n_exact = parent->n_exact;
     return KVL_OK;
 }
 
@@ -74,6 +95,8 @@ kvl_status kvl_sequence_append(kvl_sequence *sequence, uint32_t id, kvl_error *e
 void kvl_sequence_forget(kvl_sequence *sequence, uint32_t n_computed)
 {
     if (n_computed < sequence->n_computed) sequence->n_computed = n_computed;
+    /* What was not exact is gone, and comes back computed. */
+    if (sequence->n_computed <= sequence->n_exact) sequence->n_exact = UINT32_MAX;
     const uint32_t n_kept = pages_for(sequence->n_computed);
     if (n_kept >= sequence->n_pages) return;
     kvl_page_pool_release(sequence->engine->pool, sequence->n_pages - n_kept,
@@ -114,15 +137,18 @@ kvl_status kvl_sequence_adopt(kvl_sequence *sequence, kvl_error *error)
     if (sequence->n_pages > 0) kvl_page_pool_release(pool, sequence->n_pages, sequence->pages);
     memmove(sequence->pages, found, n_found * sizeof *found);
     sequence->n_pages = (uint32_t)n_found;
+    /* More of it than the sequence had: nothing of its own is left. */
+    sequence->n_exact = UINT32_MAX;
     sequence->n_computed = (uint32_t)n_found * KVL_PAGE_TOKENS;
     return KVL_OK;
 }
 
 kvl_status kvl_sequence_keep(kvl_sequence *sequence, kvl_error *error)
 {
-    const kvl_status status =
-        kvl_prefix_tree_insert(sequence->engine->tree, sequence->salt, sequence->ids,
-                               sequence->n_computed, sequence->pages);
+    const uint32_t n_kept =
+        sequence->n_computed < sequence->n_exact ? sequence->n_computed : sequence->n_exact;
+    const kvl_status status = kvl_prefix_tree_insert(sequence->engine->tree, sequence->salt,
+                                                     sequence->ids, n_kept, sequence->pages);
     if (status != KVL_OK) return KVL_FAIL(error, status, "no memory for the prefix tree");
     return KVL_OK;
 }

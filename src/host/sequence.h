@@ -17,6 +17,8 @@ typedef struct kvl_sequence {
     uint32_t *ids;      /* [n_ids] */
     uint32_t n_ids;
     uint32_t n_computed; /* leading ids whose KV is in the pages */
+    uint32_t n_exact;    /* leading ids whose KV is exact where it is there: all, unless some was
+                            placed; only that goes into the tree */
     uint32_t *pages;     /* [n_pages], at least as many as n_computed needs */
     uint32_t n_pages;
     size_t ids_max, pages_max; /* room in the arrays */
@@ -25,6 +27,12 @@ typedef struct kvl_sequence {
 /* Errors   KVL_ERR_NO_MEMORY: the sequence is deinit'ed */
 KVL_MUST_USE kvl_status kvl_sequence_init(kvl_sequence *sequence, kvl_engine *engine, uint64_t salt,
                                           const uint32_t *ids, uint32_t n_ids, kvl_error *error);
+/* The same, with the KV of all ids but the last that a session holds: pages are shared.
+ * n_exact  leading ids whose KV is that of a prefill
+ * Errors   KVL_ERR_NO_MEMORY: the sequence is deinit'ed */
+KVL_MUST_USE kvl_status kvl_sequence_of_session(kvl_sequence *sequence, kvl_engine *engine,
+                                                uint64_t salt, const kvl_session *session,
+                                                uint32_t n_exact, kvl_error *error);
 /* Gives its pages back. A zeroed sequence does nothing. */
 void kvl_sequence_deinit(kvl_sequence *sequence);
 

@@ -23,6 +23,10 @@ struct kvl_service {
     kvl_stream *streams; /* not over; the engine thread's */
     bool (*work)(void *context, bool is_idle);
     void *work_context;
+    void (*feed)(void *context, kvl_scheduler *scheduler);
+    void *feed_context;
+    kvl_service_filler fill;
+    void *fill_context;
     _Atomic bool is_stopping;
     pthread_mutex_t lock; /* of state */
     kvl_service_state state;
@@ -109,17 +113,40 @@ static void pass_on(void *context, const kvl_generation_event *event)
     kvl_stream_put(context, event);
 }
 
+static kvl_status submit_filled(kvl_service *service, kvl_stream *stream, kvl_error *error)
+{
+    kvl_filled filled = {.n_cached = 0};
+    if (service->fill == NULL)
+        return KVL_FAIL(error, KVL_ERR_UNSUPPORTED, "this server has no store of texts");
+    KVL_TRY(service->fill(service->fill_context, &stream->asked, &filled, error));
+    if (filled.is_answered) return KVL_OK;
+    if (filled.sequence.n_ids > 0)
+        return kvl_scheduler_submit_filled(service->scheduler, &stream->asked, &filled.sequence,
+                                           filled.n_cached, &filled.report, &stream->id, error);
+    kvl_sequence sequence;
+    KVL_TRY(kvl_sequence_init(&sequence, service->engine, stream->asked.salt, stream->asked.ids,
+                              stream->asked.n_ids, error));
+    return kvl_scheduler_submit_filled(service->scheduler, &stream->asked, &sequence, 0,
+                                       &filled.report, &stream->id, error);
+}
+
 static void start_stream(kvl_service *service, kvl_stream *stream)
 {
     kvl_error error = {0};
     stream->asked.event = pass_on;
     stream->asked.context = stream;
     const kvl_status status =
-        kvl_scheduler_submit(service->scheduler, &stream->asked, &stream->id, &error);
+        stream->asked.quality == KVL_REUSE_EXACT
+            ? kvl_scheduler_submit(service->scheduler, &stream->asked, &stream->id, &error)
+            : submit_filled(service, stream, &error);
     if (status != KVL_OK) {
         const kvl_generation_event refused = {
             .text = "", .finish = KVL_FINISH_FAILED, .is_last = true, .error = &error};
         kvl_stream_put(stream, &refused);
+        kvl_stream_release(stream);
+        return;
+    }
+    if (stream->has_ended) {
         kvl_stream_release(stream);
         return;
     }
@@ -165,12 +192,12 @@ void kvl_service_run(kvl_service *service)
         const bool is_idle = !has_work && service->streams == NULL;
         if (service->work != NULL) has_more = service->work(service->work_context, is_idle);
         look_after_streams(service);
+        if (service->feed != NULL) service->feed(service->feed_context, service->scheduler);
         has_work = kvl_scheduler_step(service->scheduler);
         look_after_streams(service);
     }
     drop_commands(service);
-    for (kvl_stream *stream = service->streams; stream != NULL; stream = stream->next)
-        kvl_scheduler_cancel(service->scheduler, stream->id);
+    kvl_scheduler_cancel_all(service->scheduler);
     while (kvl_scheduler_step(service->scheduler)) continue;
     look_after_streams(service);
     drop_streams(service);
@@ -200,6 +227,24 @@ void kvl_service_attach(kvl_service *service, bool (*work)(void *context, bool i
 {
     service->work = work;
     service->work_context = context;
+}
+
+void kvl_service_feed(kvl_service *service, void (*feed)(void *context, kvl_scheduler *scheduler),
+                      void *context)
+{
+    service->feed = feed;
+    service->feed_context = context;
+}
+
+void kvl_service_fill(kvl_service *service, kvl_service_filler fill, void *context)
+{
+    service->fill = fill;
+    service->fill_context = context;
+}
+
+bool kvl_service_fills(const kvl_service *service)
+{
+    return service->fill != NULL;
 }
 
 void kvl_service_wake(kvl_service *service)

@@ -33,6 +33,27 @@ void kvl_service_stop(kvl_service *service);
  * called again without a wake. Before kvl_service_run. */
 void kvl_service_attach(kvl_service *service, bool (*work)(void *context, bool is_idle),
                         void *context);
+/* Has feed(context, scheduler) called on the engine thread before each step, to submit requests of
+ * the background. Before kvl_service_run. When the service stops, what runs is cancelled. */
+void kvl_service_feed(kvl_service *service, void (*feed)(void *context, kvl_scheduler *scheduler),
+                      void *context);
+/* What fill has made of a prompt. */
+typedef struct kvl_filled {
+    kvl_sequence
+        sequence; /* its KV; where n_ids is 0, nothing: the prompt is computed as any other */
+    uint32_t n_cached;
+    kvl_reuse_report report;
+    bool is_answered; /* the request's event was called to its last: there is nothing to submit */
+} kvl_filled;
+
+/* Has fill(context, asked, filled) called on the engine thread for requests of a quality that is
+ * not exact, before they are submitted: it takes as long as it takes, and everybody waits. Without
+ * it these are refused. Before kvl_service_run. */
+typedef kvl_status (*kvl_service_filler)(void *context, const kvl_generation *asked,
+                                         kvl_filled *filled, kvl_error *error);
+void kvl_service_fill(kvl_service *service, kvl_service_filler fill, void *context);
+/* Whether there is one. Any thread, once the service runs. */
+bool kvl_service_fills(const kvl_service *service);
 /* Lets the engine thread look for attached work. Any thread. */
 void kvl_service_wake(kvl_service *service);
 
@@ -48,6 +69,7 @@ typedef struct kvl_stream_item {
     kvl_drawn drawn; /* where has_token */
     kvl_finish finish;
     uint32_t n_tokens, n_cached;
+    kvl_reuse_report reuse;
     bool is_last;
     kvl_status status; /* where failed */
     char *error_text;  /* likewise; may be NULL */

@@ -22,6 +22,7 @@ struct kvl_stream {
     /* The request, until it is submitted. */
     kvl_generation asked;
     uint32_t *ids;
+    kvl_text_run *texts;
     char *stop_bytes;
     const char **stops;
 };

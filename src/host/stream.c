@@ -16,6 +16,7 @@ static void destroy(kvl_stream *stream)
     pthread_cond_destroy(&stream->filled);
     pthread_mutex_destroy(&stream->lock);
     kvl_free(stream->ids);
+    kvl_free(stream->texts);
     kvl_free(stream->stops);
     kvl_free(stream->stop_bytes);
     kvl_free(stream);
@@ -53,11 +54,15 @@ kvl_status kvl_stream_create(const kvl_generation *asked, kvl_stream **stream, k
     made->n_holders = 2;
     made->asked = *asked;
     made->ids = asked->n_ids == 0 ? NULL : kvl_alloc_zero(asked->n_ids, sizeof *made->ids);
-    if ((asked->n_ids > 0 && made->ids == NULL) || copy_stops(asked, made) != KVL_OK) {
+    if (asked->n_texts > 0) made->texts = kvl_alloc_zero(asked->n_texts, sizeof *made->texts);
+    if ((asked->n_ids > 0 && made->ids == NULL) || (asked->n_texts > 0 && made->texts == NULL) ||
+        copy_stops(asked, made) != KVL_OK) {
         destroy(made);
         return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a request");
     }
     if (asked->n_ids > 0) memcpy(made->ids, asked->ids, asked->n_ids * sizeof *made->ids);
+    if (asked->n_texts > 0) memcpy(made->texts, asked->texts, asked->n_texts * sizeof *made->texts);
+    made->asked.texts = made->texts;
     made->asked.ids = made->ids;
     made->asked.stops = made->stops;
     *stream = made;
@@ -89,6 +94,7 @@ static kvl_stream_item *copy_event(const kvl_generation_event *event)
                               .finish = event->finish,
                               .n_tokens = event->n_tokens,
                               .n_cached = event->n_cached,
+                              .reuse = event->reuse,
                               .is_last = event->is_last,
                               .n_text_bytes = event->n_text_bytes};
     if (event->drawn != NULL) item->drawn = *event->drawn;

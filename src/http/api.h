@@ -40,6 +40,7 @@ typedef struct kvl_api_request {
     kvl_prompt prompt;
     const char **stops; /* borrowed from body */
     json_t *body;
+    kvl_text_run *texts; /* [generation.n_texts]: contents of messages */
     const json_t *tools; /* functions that the model may call; borrowed from body; NULL: none */
     int64_t created_s, start_ns;
     const char *model_name; /* borrowed from the server */
@@ -51,6 +52,15 @@ typedef struct kvl_api_request {
 KVL_MUST_USE bool kvl_api_request_parse(const kvl_engine *engine, const char *model_name,
                                         kvl_api_kind kind, const char *body, size_t n_bytes,
                                         kvl_api_request *request, kvl_api_error *error);
+/* Takes kvloom.quality, or `otherwise` where a chat names none that it could have, into a parsed
+ * request; of one that is not exact its messages' contents become texts of the generation.
+ * can_reuse  whether the service has a store of texts
+ * Returns  false when it is refused */
+KVL_MUST_USE bool kvl_api_request_reuse(kvl_api_request *request, kvl_reuse_quality otherwise,
+                                        bool can_reuse, kvl_api_error *error);
+/* False: no such quality. */
+KVL_MUST_USE bool kvl_api_quality_of(const char *name, kvl_reuse_quality *quality);
+const char *kvl_api_quality_name(kvl_reuse_quality quality);
 void kvl_api_request_deinit(kvl_api_request *request);
 
 /* A message's content: a text, or parts of type text, which are put together; ended with kvl_free.
@@ -70,6 +80,7 @@ typedef struct kvl_api_choice {
 typedef struct kvl_api_answer {
     kvl_api_choice choices[KVL_BRANCHES_MAX];
     uint32_t n_cached;
+    kvl_reuse_report reuse;
     int64_t first_token_ns; /* 0: none yet */
 } kvl_api_answer;
 

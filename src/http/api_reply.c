@@ -128,6 +128,7 @@ bool kvl_api_answer_add(kvl_api_answer *answer, const kvl_api_request *request,
     choice->n_tokens = event->n_tokens;
     if (event->finish != KVL_FINISH_NONE) choice->finish = event->finish;
     answer->n_cached = event->n_cached;
+    answer->reuse = event->reuse;
     if (request->is_stream && request->kind != KVL_API_RESPONSE && request->tools == NULL)
         return true;
     if (!add_text(choice, event->text, event->n_text_bytes)) return false;
@@ -155,9 +156,22 @@ static json_t *kvloom_json(const kvl_api_request *request, const kvl_api_answer 
     const double ttft_ms = answer->first_token_ns == 0
                                ? 0.0
                                : (double)(answer->first_token_ns - request->start_ns) / 1e6;
-    return json_pack("{s:I, s:f}", "computed_tokens",
-                     (json_int_t)request->generation.n_ids - (json_int_t)answer->n_cached,
-                     "ttft_ms", ttft_ms);
+    const kvl_reuse_report *reuse = &answer->reuse;
+    const json_int_t n_known = (json_int_t)answer->n_cached + reuse->n_placed;
+    json_t *own = json_pack("{s:I, s:f}", "computed_tokens",
+                            (json_int_t)request->generation.n_ids - n_known + reuse->n_recomputed,
+                            "ttft_ms", ttft_ms);
+    if (request->generation.quality == KVL_REUSE_EXACT) return own;
+    json_t *more =
+        json_pack("{s:s, s:b, s:I, s:I, s:I, s:b, s:b, s:b}", "quality",
+                  kvl_api_quality_name(request->generation.quality), "approximate",
+                  reuse->is_approximate, "placed_tokens", (json_int_t)reuse->n_placed,
+                  "recomputed_tokens", (json_int_t)reuse->n_recomputed, "corrected_tokens",
+                  (json_int_t)reuse->n_corrected, "verified", reuse->is_verified, "healing",
+                  reuse->is_healing, "fallback", reuse->is_fallback);
+    (void)json_object_update(own, more);
+    json_decref(more);
+    return own;
 }
 
 static json_t *envelope(const kvl_api_request *request, const char *object, json_t *choices)

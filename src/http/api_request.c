@@ -112,6 +112,29 @@ static bool is_empty(const json_t *value)
            (json_is_object(value) && json_object_size(value) == 0);
 }
 
+/* Answers that must be JSON, or fit a schema, need a decoder that masks tokens by a grammar, and no
+ * C library that does so is kept by a distribution. To answer freely where JSON was asked for would
+ * be a different promise, so it is refused. */
+static bool take_format(const kvl_api_request *request, kvl_api_error *error)
+{
+    const json_t *format = find(request, "response_format");
+    if (format == NULL) return true;
+    const char *type = json_string_value(json_object_get(format, "type"));
+    if (type != NULL && strcmp(type, "text") == 0) return true;
+    static const char remedy[] = "leave it out or send {\"type\": \"text\"}, ask for JSON in a "
+                                 "message and check the answer";
+    const char *name = request->kind == KVL_API_RESPONSE ? "text.format" : "response_format";
+    if (type == NULL)
+        return kvl_api_refuse(error, "response_format",
+                              "%s must be an object with the type \"text\"; %s", name, remedy);
+    (void)kvl_api_refuse(error, "response_format",
+                         "%s.type is '%.40s': this server does not constrain answers to JSON or a "
+                         "schema; %s",
+                         name, type, remedy);
+    error->code = "unsupported_value";
+    return false;
+}
+
 static bool refuse_unsupported(const kvl_api_request *request, kvl_api_error *error)
 {
     static const char *const names[] = {
@@ -130,15 +153,7 @@ static bool refuse_unsupported(const kvl_api_request *request, kvl_api_error *er
         error->code = "unsupported_parameter";
         return false;
     }
-    const json_t *format = find(request, "response_format");
-    const char *type = json_string_value(json_object_get(format, "type"));
-    if (format != NULL && (type == NULL || strcmp(type, "text") != 0)) {
-        (void)kvl_api_refuse(error, "response_format",
-                             "response_format must be {\"type\": \"text\"}: this server does not "
-                             "constrain answers to JSON");
-        error->code = "unsupported_parameter";
-        return false;
-    }
+    if (!take_format(request, error)) return false;
     const json_t *best_of = find(request, "best_of");
     if (best_of != NULL &&
         json_integer_value(best_of) != (json_int_t)request->generation.n_branches)
@@ -286,7 +301,9 @@ char *kvl_api_content(const json_t *content, size_t *n_bytes)
     return bytes;
 }
 
-static bool take_message(const json_t *given, size_t index, kvl_message *message,
+/* Parts of a content are texts by themselves only where they may be reused by themselves: else the
+ * ids are those of the whole content, as every server has them. */
+static bool take_message(const json_t *given, size_t index, bool with_seams, kvl_message *message,
                          kvl_api_error *error)
 {
     char param[64];
@@ -312,7 +329,27 @@ static bool take_message(const json_t *given, size_t index, kvl_message *message
                               param);
     message->role = strcmp(role, "developer") == 0 ? "system" : role;
     message->content = bytes;
+    if (!with_seams || json_array_size(content) < 2) return true;
+    size_t *seams = kvl_alloc_zero(json_array_size(content) - 1, sizeof *seams);
+    if (seams == NULL) {
+        kvl_api_error_from(error, KVL_ERR_NO_MEMORY, "", "no memory for messages");
+        return false;
+    }
+    size_t at = 0;
+    for (size_t i = 0; i + 1 < json_array_size(content); i++) {
+        at += json_string_length(json_object_get(json_array_get(content, i), "text"));
+        seams[i] = at;
+    }
+    message->seams = seams;
+    message->n_seams = json_array_size(content) - 1;
     return true;
+}
+
+static bool wants_seams(const kvl_api_request *request)
+{
+    kvl_reuse_quality quality = KVL_REUSE_EXACT;
+    const json_t *named = json_object_get(json_object_get(request->body, "kvloom"), "quality");
+    return kvl_api_quality_of(json_string_value(named), &quality) && quality != KVL_REUSE_EXACT;
 }
 
 static bool render(const kvl_engine *engine, kvl_api_request *request, kvl_message *messages,
@@ -320,7 +357,8 @@ static bool render(const kvl_engine *engine, kvl_api_request *request, kvl_messa
 {
     const json_t *given = find(request, "messages");
     for (size_t i = 0; i < n; i++)
-        if (!take_message(json_array_get(given, i), i, &messages[i], error)) return false;
+        if (!take_message(json_array_get(given, i), i, wants_seams(request), &messages[i], error))
+            return false;
     kvl_error failed = {0};
     const kvl_status status =
         kvl_chat_render(kvl_model_chat_template(engine->model), kvl_model_tokenizer(engine->model),
@@ -344,7 +382,10 @@ static bool take_messages(const kvl_engine *engine, kvl_api_request *request, kv
         return false;
     }
     const bool is_taken = render(engine, request, messages, n, error);
-    for (size_t i = 0; i < n; i++) kvl_free((void *)(uintptr_t)messages[i].content);
+    for (size_t i = 0; i < n; i++) {
+        kvl_free((void *)(uintptr_t)messages[i].content);
+        kvl_free((void *)(uintptr_t)messages[i].seams);
+    }
     kvl_free(messages);
     return is_taken;
 }
@@ -485,6 +526,7 @@ void kvl_api_request_deinit(kvl_api_request *request)
 {
     kvl_prompt_deinit(&request->prompt);
     kvl_free(request->stops);
+    kvl_free(request->texts);
     json_decref(request->body);
     *request = (kvl_api_request){0};
 }

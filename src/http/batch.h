@@ -7,7 +7,9 @@
  * Rows run in the order of host/batch_plan.h; a group's shared pages are held until its last row
  * has ended. The answers' file is appended to line by line: started again, rows that stand in it
  * are not computed again.
- * Threads  The engine thread only. */
+ * kvl_batch_run does all of it; a server, whose engine thread has others to serve too, takes the
+ * steps by themselves.
+ * Threads  kvl_batch_run and kvl_batch_advance: the engine thread. The rest: see there. */
 #ifndef KVL_HTTP_BATCH_H
 #define KVL_HTTP_BATCH_H
 
@@ -23,10 +25,16 @@ typedef enum kvl_batch_order {
 
 typedef struct kvl_batch_options {
     const char *in_path, *out_path;
+    const char *in_name; /* what errors call the first; NULL: its path */
     const char *model_name;
     kvl_batch_order order;
     kvl_scheduler_options scheduler;
     bool with_progress; /* on standard error */
+    const char *url;    /* the one that every row must have; NULL: either */
+    bool is_background; /* rows stand behind all other requests */
+    /* Number of the prefix tree for a row's cache_salt; NULL: a checksum of it. */
+    uint64_t (*salt)(void *context, const char *cache_salt);
+    void *salt_context;
 } kvl_batch_options;
 
 typedef struct kvl_batch_result {
@@ -43,5 +51,32 @@ typedef struct kvl_batch_result {
  *          KVL_ERR_MALFORMED (a line is no request: text has its number; nothing is computed) */
 KVL_MUST_USE kvl_status kvl_batch_run(kvl_engine *engine, const kvl_batch_options *options,
                                       kvl_batch_result *result, kvl_error *error);
+
+/* ---- step by step ---- */
+
+typedef struct kvl_batch kvl_batch;
+
+/* Reads both files, plans, and answers the rows that are refused. Any thread; borrows the engine's
+ * model, and the options with their texts until the batch is closed.
+ * Owns     *batch: ended with kvl_batch_close
+ * Errors   as kvl_batch_run */
+KVL_MUST_USE kvl_status kvl_batch_open(const kvl_engine *engine, const kvl_batch_options *options,
+                                       kvl_batch **batch, kvl_error *error);
+/* Submits what there is a place for, and looks after shared pages; before every step of the
+ * scheduler. True while rows are left; once false, the batch holds nothing of the engine. Engine
+ * thread. */
+bool kvl_batch_advance(kvl_batch *batch, kvl_scheduler *scheduler);
+/* Begins no further rows, and cancels those under way: they are not answered. Any thread; NULL does
+ * nothing. */
+void kvl_batch_cancel(kvl_batch *batch);
+/* Rows of the file, answered and refused, those of earlier runs among them. Any thread. */
+typedef struct kvl_batch_progress {
+    uint32_t n_rows, n_answered, n_refused;
+} kvl_batch_progress;
+void kvl_batch_progress_read(const kvl_batch *batch, kvl_batch_progress *progress);
+/* Syncs the file and ends the batch, which must not be advanced any more; any thread. What went
+ * wrong on the way comes out here. *result may be NULL. */
+KVL_MUST_USE kvl_status kvl_batch_close(kvl_batch *batch, kvl_batch_result *result,
+                                        kvl_error *error);
 
 #endif /* KVL_HTTP_BATCH_H */

@@ -93,6 +93,7 @@ static kvl_generation_event event_of(const kvl_stream_item *item)
                                   .finish = item->finish,
                                   .n_tokens = item->n_tokens,
                                   .n_cached = item->n_cached,
+                                  .reuse = item->reuse,
                                   .is_last = item->is_last};
 }
 
@@ -290,9 +291,13 @@ enum MHD_Result kvl_http_complete(kvl_http *http, struct MHD_Connection *connect
     e->connection = connection;
     bool is_started = kvl_api_request_parse(kvl_service_engine(http->service), http->model_name,
                                             kind_of(route), body, n_bytes, &e->request, &error);
+    if (is_started)
+        is_started = kvl_api_request_reuse(&e->request, http->quality,
+                                           kvl_service_fills(http->service), &error);
     if (is_started) {
         kvl_error failed = {0};
         e->request.generation.salt = kvl_http_keys_salt(http->keys, tenant, e->request.cache_salt);
+        e->request.generation.owner = kvl_http_keys_owner(tenant, e->request.cache_salt);
         const kvl_status status =
             kvl_service_start(http->service, &e->request.generation, &e->stream, &failed);
         is_started = status == KVL_OK;

@@ -116,6 +116,17 @@ const char *kvl_http_keys_find(const kvl_http_keys *keys, const char *authorizat
     return found;
 }
 
+kvl_digest kvl_http_keys_owner(const char *tenant, const char *cache_salt)
+{
+    kvl_digest nobody = {{0}};
+    if (*tenant == '\0' && *cache_salt == '\0') return nobody;
+    kvl_digester digester;
+    kvl_digester_init(&digester, NULL, 0);
+    kvl_digester_add(&digester, tenant, strlen(tenant) + 1);
+    kvl_digester_add(&digester, cache_salt, strlen(cache_salt) + 1);
+    return kvl_digester_end(&digester);
+}
+
 uint64_t kvl_http_keys_salt(const kvl_http_keys *keys, const char *tenant, const char *cache_salt)
 {
     kvl_digester digester;

@@ -3,7 +3,7 @@
 #ifndef KVL_HTTP_KEYS_H
 #define KVL_HTTP_KEYS_H
 
-#include "base/status.h"
+#include "base/hash.h"
 
 #define KVL_HTTP_KEYS_MAX 1024u
 #define KVL_HTTP_KEY_BYTES_MIN 16u
@@ -28,5 +28,9 @@ const char *kvl_http_keys_find(const kvl_http_keys *keys, const char *authorizat
 /* Number of the prefix tree of a tenant's cache_salt ("" for none): a keyed digest, with a secret
  * of this process, so that nobody can choose one. */
 uint64_t kvl_http_keys_salt(const kvl_http_keys *keys, const char *tenant, const char *cache_salt);
+
+/* Whose a tenant's texts are in a store that outlives this process; zero: the host's own, of
+ * whoever has neither key nor cache_salt. No secret: hosts key it with theirs. */
+kvl_digest kvl_http_keys_owner(const char *tenant, const char *cache_salt);
 
 #endif /* KVL_HTTP_KEYS_H */

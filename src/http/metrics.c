@@ -23,6 +23,8 @@ static const char *const route_names[] = {
     [KVL_ROUTE_READY] = "ready",
     [KVL_ROUTE_VERSION] = "version",
     [KVL_ROUTE_METRICS] = "metrics",
+    [KVL_ROUTE_FILES] = "files",
+    [KVL_ROUTE_BATCHES] = "batches",
     [KVL_ROUTE_NONE] = "none",
 };
 

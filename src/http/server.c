@@ -16,11 +16,12 @@ typedef struct upload {
     char *bytes;
     size_t n_bytes, bytes_max;
     bool is_too_large;
-    const char *tenant; /* NULL: no key, or a wrong one */
+    const char *tenant;  /* NULL: no key, or a wrong one */
+    kvl_http_form *form; /* of a file; its bytes are not kept here */
 } upload;
 
 static const struct {
-    const char *path, *method;
+    const char *path, *method; /* NULL: several */
     kvl_http_route route;
     bool is_open; /* to whoever has no key */
 } routes[] = {
@@ -32,8 +33,20 @@ static const struct {
     {"/ready", "GET", KVL_ROUTE_READY, true},
     {"/version", "GET", KVL_ROUTE_VERSION, false},
     {"/metrics", "GET", KVL_ROUTE_METRICS, false},
+    {"/v1/files", NULL, KVL_ROUTE_FILES, false},
+    {"/v1/batches", NULL, KVL_ROUTE_BATCHES, false},
 };
 enum { N_ROUTES = sizeof routes / sizeof *routes };
+
+/* Routes with something behind them. */
+static const struct {
+    const char *path;
+    kvl_http_route route;
+} prefixes[] = {
+    {"/v1/models/", KVL_ROUTE_MODELS},
+    {"/v1/files/", KVL_ROUTE_FILES},
+    {"/v1/batches/", KVL_ROUTE_BATCHES},
+};
 
 static const char models_prefix[] = "/v1/models/";
 
@@ -144,11 +157,35 @@ static enum MHD_Result reply_metrics(kvl_http *http, struct MHD_Connection *conn
     return result;
 }
 
+static enum MHD_Result reply_stored(kvl_http *http, struct MHD_Connection *connection,
+                                    kvl_http_route route, const char *path, const char *method,
+                                    const upload *body)
+{
+    const kvl_http_asked asked = {.connection = connection,
+                                  .path = path,
+                                  .method = method,
+                                  .tenant = body->tenant,
+                                  .body = body->bytes == NULL ? "" : body->bytes,
+                                  .n_bytes = body->n_bytes,
+                                  .form = body->form};
+    if (http->files == NULL)
+        return reply_refusal(http, connection, route, MHD_HTTP_NOT_FOUND, NULL,
+                             "this server keeps no files: start it with --data DIR");
+    if (body->is_too_large)
+        return reply_refusal(http, connection, route, MHD_HTTP_CONTENT_TOO_LARGE, NULL,
+                             "the body has more than 16 MiB");
+    return route == KVL_ROUTE_FILES ? kvl_http_answer_files(http, &asked)
+                                    : kvl_http_answer_batches(http, &asked);
+}
+
 static enum MHD_Result reply_route(kvl_http *http, struct MHD_Connection *connection,
-                                   kvl_http_route route, const char *path, const upload *body)
+                                   kvl_http_route route, const char *path, const char *method,
+                                   const upload *body)
 {
     const bool is_ready = kvl_http_is_ready(http);
     switch (route) {
+    case KVL_ROUTE_FILES:
+    case KVL_ROUTE_BATCHES: return reply_stored(http, connection, route, path, method, body);
     case KVL_ROUTE_CHAT:
     case KVL_ROUTE_COMPLETIONS:
     case KVL_ROUTE_RESPONSES:
@@ -181,13 +218,17 @@ static enum MHD_Result dispatch(kvl_http *http, struct MHD_Connection *connectio
     kvl_http_route route = KVL_ROUTE_NONE;
     bool is_open = false;
     bool is_allowed = true;
-    const bool is_model = strncmp(path, models_prefix, sizeof models_prefix - 1) == 0;
+    kvl_http_route inside = KVL_ROUTE_NONE;
+    for (size_t i = 0; i < sizeof prefixes / sizeof *prefixes; i++)
+        if (strncmp(path, prefixes[i].path, strlen(prefixes[i].path)) == 0)
+            inside = prefixes[i].route;
     for (size_t i = 0; i < N_ROUTES; i++) {
-        if (strcmp(path, routes[i].path) != 0 && !(is_model && routes[i].route == KVL_ROUTE_MODELS))
+        if (strcmp(path, routes[i].path) != 0 &&
+            (inside == KVL_ROUTE_NONE || routes[i].route != inside))
             continue;
         route = routes[i].route;
         is_open = routes[i].is_open;
-        is_allowed = strcmp(method, routes[i].method) == 0;
+        is_allowed = routes[i].method == NULL || strcmp(method, routes[i].method) == 0;
     }
     if (body->tenant == NULL && !is_open)
         return reply_refusal(http, connection, route, MHD_HTTP_UNAUTHORIZED, "invalid_api_key",
@@ -195,7 +236,7 @@ static enum MHD_Result dispatch(kvl_http *http, struct MHD_Connection *connectio
     if (!is_allowed)
         return reply_refusal(http, connection, route, MHD_HTTP_METHOD_NOT_ALLOWED, NULL,
                              "this route has another method");
-    return reply_route(http, connection, route, path, body);
+    return reply_route(http, connection, route, path, method, body);
 }
 
 /* ---- bodies ---- */
@@ -204,6 +245,10 @@ static void take_bytes(upload *body, const char *bytes, size_t n_bytes)
 {
     /* Nothing is kept of what comes without a key. */
     if (body->is_too_large || body->tenant == NULL) return;
+    if (body->form != NULL) {
+        kvl_http_form_add(body->form, bytes, n_bytes);
+        return;
+    }
     if (body->n_bytes + n_bytes > KVL_HTTP_BODY_BYTES_MAX) {
         body->is_too_large = true;
         return;
@@ -233,6 +278,9 @@ static enum MHD_Result handle(void *context, struct MHD_Connection *connection, 
         if (begun == NULL) return MHD_NO;
         begun->tenant = kvl_http_keys_find(
             http->keys, MHD_lookup_connection_value(connection, MHD_HEADER_KIND, "Authorization"));
+        if (http->files != NULL && begun->tenant != NULL && strcmp(method, "POST") == 0 &&
+            strcmp(path, "/v1/files") == 0)
+            begun->form = kvl_http_form_begin(http, connection, begun->tenant);
         *own = begun;
         return MHD_YES;
     }
@@ -251,7 +299,10 @@ static void end_request(void *context, struct MHD_Connection *connection, void *
     (void)connection;
     (void)code;
     upload *body = *own;
-    if (body != NULL) kvl_free(body->bytes);
+    if (body != NULL) {
+        kvl_http_form_end(body->form);
+        kvl_free(body->bytes);
+    }
     kvl_free(body);
     *own = NULL;
 }
@@ -262,6 +313,8 @@ static void end(kvl_http *http)
 {
     if (http->listener >= 0) (void)close(http->listener);
     if (http->unix_path[0] != '\0') (void)unlink(http->unix_path);
+    kvl_http_batches_close(http->batches);
+    kvl_http_files_close(http->files);
     kvl_http_keys_close(http->keys);
     kvl_http_tls_end(http);
     (void)pthread_mutex_destroy(&http->lock);
@@ -270,9 +323,25 @@ static void end(kvl_http *http)
 
 static kvl_status start(kvl_http *http, const kvl_http_options *options, kvl_error *error)
 {
+    if (options->quality != NULL && !kvl_api_quality_of(options->quality, &http->quality))
+        return KVL_FAIL(error, KVL_ERR_INVALID,
+                        "quality is '%.20s'; it must be exact, balanced, fast, verified or healed",
+                        options->quality);
+    if (http->quality != KVL_REUSE_EXACT && !kvl_service_fills(http->service))
+        return KVL_FAIL(error, KVL_ERR_INVALID,
+                        "quality '%s' needs a host with a store: give --name, --listen, --store "
+                        "and --key-file",
+                        options->quality);
     KVL_TRY(kvl_http_keys_open(options->keys_file, &http->keys, error));
     KVL_TRY(kvl_http_tls_load(http, options, error));
     KVL_TRY(kvl_http_listen(http, options->address, error));
+    if (options->data_path != NULL) {
+        const uint64_t n_max = options->tenant_bytes_max;
+        KVL_TRY(kvl_http_files_open(options->data_path, n_max == 0 ? (uint64_t)1 << 30 : n_max,
+                                    &http->files, error));
+        KVL_TRY(kvl_http_batches_open(http->files, http->service, http->keys, http->model_name,
+                                      &http->batches, error));
+    }
     static const char priorities[] = "NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2";
     const struct MHD_OptionItem tls[] = {
         {MHD_OPTION_HTTPS_MEM_CERT, 0, http->certificate},

@@ -3,6 +3,7 @@
 #define KVL_HTTP_SERVER_H
 
 #include "http/api.h"
+#include "http/batches.h"
 #include "http/http.h"
 #include "http/keys.h"
 
@@ -27,6 +28,8 @@ typedef enum kvl_http_route {
     KVL_ROUTE_READY,
     KVL_ROUTE_VERSION,
     KVL_ROUTE_METRICS,
+    KVL_ROUTE_FILES,
+    KVL_ROUTE_BATCHES,
     KVL_ROUTE_NONE,
 } kvl_http_route;
 
@@ -34,12 +37,15 @@ struct kvl_http {
     kvl_service *service;
     kvl_host *host; /* whose counts are shown too, or NULL */
     kvl_http_keys *keys;
+    kvl_http_files *files; /* NULL, both: no folder for them was given */
+    kvl_http_batches *batches;
     struct MHD_Daemon *daemon;
     int listener;
     char *certificate, *certificate_key; /* PEM; NULL: no TLS */
     char address[KVL_HTTP_ADDRESS_BYTES + 16];
     char unix_path[KVL_HTTP_ADDRESS_BYTES]; /* to remove at the end, or "" */
     char model_name[128];
+    kvl_reuse_quality quality; /* of chats that name none */
     int64_t start_s;
     _Atomic bool is_stopping;
     pthread_mutex_t lock;                       /* of what follows */
@@ -65,6 +71,30 @@ void kvl_http_tls_end(kvl_http *http);
 KVL_MUST_USE enum MHD_Result kvl_http_complete(kvl_http *http, struct MHD_Connection *connection,
                                                kvl_http_route route, const char *tenant,
                                                const char *body, size_t n_bytes);
+
+/* ---- file_routes.c ---- */
+
+/* A form that comes in: fields, and a file that goes to the disk as it comes. */
+typedef struct kvl_http_form kvl_http_form;
+
+/* NULL without memory, or where the body is no form. `tenant` is borrowed while it lives. */
+kvl_http_form *kvl_http_form_begin(kvl_http *http, struct MHD_Connection *connection,
+                                   const char *tenant);
+void kvl_http_form_add(kvl_http_form *form, const char *bytes, size_t n_bytes);
+/* What was not made a file is gone. NULL does nothing. */
+void kvl_http_form_end(kvl_http_form *form);
+
+/* What a request of these routes brings. */
+typedef struct kvl_http_asked {
+    struct MHD_Connection *connection;
+    const char *path, *method, *tenant;
+    const char *body; /* [n_bytes] */
+    size_t n_bytes;
+    kvl_http_form *form; /* of an upload */
+} kvl_http_asked;
+
+KVL_MUST_USE enum MHD_Result kvl_http_answer_files(kvl_http *http, const kvl_http_asked *asked);
+KVL_MUST_USE enum MHD_Result kvl_http_answer_batches(kvl_http *http, const kvl_http_asked *asked);
 
 /* ---- server.c ---- */
 

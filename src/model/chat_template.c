@@ -131,7 +131,15 @@ static kvl_status put_content(rendering *render, size_t message, bool is_trimmed
     if (is_trimmed) trim(&text, &n_bytes);
     if (n_bytes == 0) return KVL_OK;
     KVL_TRY(flush_text(render));
-    return add_part(render, text, n_bytes, (int32_t)message);
+    const kvl_message *about = &render->messages[message];
+    size_t at = 0;
+    for (size_t i = 0; i < about->n_seams && !is_trimmed; i++) {
+        KVL_ASSERT(about->seams[i] >= at && about->seams[i] <= n_bytes);
+        if (about->seams[i] > at)
+            KVL_TRY(add_part(render, text + at, about->seams[i] - at, (int32_t)message));
+        at = about->seams[i];
+    }
+    return at == n_bytes ? KVL_OK : add_part(render, text + at, n_bytes - at, (int32_t)message);
 }
 
 static bool has_role(const rendering *render, size_t message, const char *role)

@@ -14,6 +14,10 @@ typedef struct kvl_message {
     const char *role; /* "system", "user", "assistant" */
     const char *content;
     size_t content_bytes;
+    /* Bytes of the content, ascending, where one of its texts ends and another begins: each is
+     * tokenized by itself and a part of its own. Not in a content that is trimmed. */
+    const size_t *seams; /* [n_seams] */
+    size_t n_seams;
 } kvl_message;
 
 /* A run of ids of the prompt. Template text and message content are tokenized apart, so that the

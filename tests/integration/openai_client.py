@@ -1,17 +1,20 @@
 #!/usr/bin/env python3
 """The official `openai` client talks with `kvloom serve --http`: streaming and not, several answers,
-logprobs, errors as its own exceptions, and a conversation that goes on.
+logprobs, errors as its own exceptions, a conversation that goes on, files and batches.
 
     python3 tests/integration/openai_client.py build/release
 
 Exit status 77 where the model is not in the cache or pip cannot fetch the client."""
+import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(os.path.dirname(HERE), "support"))
+import batch_rows  # noqa: E402
 import contract  # noqa: E402
 import peers  # noqa: E402
 from http_server import MODEL, Server  # noqa: E402
@@ -113,6 +116,35 @@ def check_tools(client):
         assert n_calls == len(whole.message.tool_calls or [])
 
 
+def check_batches(client):
+    """A file of requests goes up, a batch answers it, its output comes down."""
+    made = batch_rows.rows(1, 3, 10, 10, 8)
+    rows = "".join(json.dumps({"custom_id": i, "method": "POST", "url": "/v1/chat/completions",
+                               "body": b}) + "\n" for i, b in made)
+    file = client.files.create(file=("rows.jsonl", rows.encode()), purpose="batch")
+    assert client.files.retrieve(file.id).bytes == len(rows.encode())
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions",
+                                  completion_window="24h", metadata={"of": "a test"})
+    deadline = time.monotonic() + 60
+    while batch.status not in ("completed", "failed") and time.monotonic() < deadline:
+        time.sleep(0.1)
+        batch = client.batches.retrieve(batch.id)
+    assert batch.status == "completed", batch
+    assert batch.request_counts.completed == len(made) and batch.error_file_id is None, batch
+    lines = client.files.content(batch.output_file_id).text.splitlines()
+    assert {json.loads(line)["custom_id"] for line in lines} == {i for i, _ in made}
+    assert batch.id in [one.id for one in client.batches.list(limit=1)]
+    assert {one.id for one in client.files.list()} == {file.id, batch.output_file_id}
+    assert client.files.delete(file.id).deleted
+    import openai
+    for gone in (lambda: client.files.retrieve(file.id), lambda: client.batches.cancel("batch_1")):
+        try:
+            gone()
+        except openai.NotFoundError:
+            continue
+        raise AssertionError("what is not there was found")
+
+
 def check_models(client):
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL
@@ -123,6 +155,7 @@ def check_errors(client):
     asked = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
     for kind, change in ((openai.BadRequestError, {"temperature": 5}),
                          (openai.BadRequestError, {"tool_choice": "required"}),
+                         (openai.BadRequestError, {"response_format": {"type": "json_object"}}),
                          (openai.NotFoundError, {"model": "another"})):
         try:
             client.chat.completions.create(**{**asked, **change})
@@ -150,10 +183,11 @@ def main():
         keys = os.path.join(folder, "keys")
         with open(keys, "w", encoding="ascii") as out:
             out.write(f"tests {KEY}\n")
-        with Server(contract.program(), "127.0.0.1:0", "--api-keys", keys) as server:
+        with Server(contract.program(), "127.0.0.1:0", "--api-keys", keys, "--data",
+                    os.path.join(folder, "data")) as server:
             client = openai.OpenAI(base_url=server.address + "/v1", api_key=KEY, max_retries=0)
             for check in (check_conversation, check_streaming, check_completions, check_responses,
-                          check_tools, check_models, check_errors):
+                          check_tools, check_batches, check_models, check_errors):
                 checks.run(check, client)
             client.close()
     return checks.status()

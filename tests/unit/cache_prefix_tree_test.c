@@ -231,6 +231,74 @@ static void forget_dead(model *m)
     m->n_entries = n;
 }
 
+/* ---- who is told ---- */
+
+typedef struct told {
+    uint64_t hash, parent; /* 0: the first of a prompt */
+    uint8_t letter;
+} told;
+
+typedef struct listener {
+    told blocks[N_PAGES];
+    size_t n_blocks;
+} listener;
+
+static const told *find_told(const listener *l, uint64_t hash)
+{
+    for (size_t i = 0; i < l->n_blocks; i++)
+        if (l->blocks[i].hash == hash) return &l->blocks[i];
+    return NULL;
+}
+
+/* Blocks come behind what is known, once. */
+static void hear_stored(void *context, const uint64_t *parent, const uint64_t *hashes,
+                        const uint32_t *ids, size_t n_pages)
+{
+    listener *l = context;
+    uint64_t before = parent == NULL ? 0 : *parent;
+    assert_true(n_pages > 0 && (parent == NULL || find_told(l, before) != NULL));
+    for (size_t i = 0; i < n_pages; i++) {
+        assert_true(l->n_blocks < N_PAGES && find_told(l, hashes[i]) == NULL);
+        l->blocks[l->n_blocks++] =
+            (told){hashes[i], before, (uint8_t)ids[(i + 1) * KVL_PAGE_TOKENS - 1]};
+        before = hashes[i];
+    }
+}
+
+/* And go before what they stand behind. */
+static void hear_removed(void *context, const uint64_t *hashes, size_t n_pages)
+{
+    listener *l = context;
+    for (size_t i = 0; i < n_pages; i++) {
+        assert_non_null(find_told(l, hashes[i]));
+        for (size_t b = 0; b < l->n_blocks; b++) assert_true(l->blocks[b].parent != hashes[i]);
+        told *gone = &l->blocks[find_told(l, hashes[i]) - l->blocks];
+        *gone = l->blocks[--l->n_blocks];
+    }
+}
+
+/* Whoever was told knows as many blocks as there are, and each prefix of the model by its letters:
+ * the same hash for the same prefix of a salt, whatever was split and removed in between. */
+static void check_told(model *m, const listener *l)
+{
+    assert_int_equal(l->n_blocks, kvl_prefix_tree_n_pages(m->tree));
+    for (size_t i = 0; i < m->n_entries; i++) {
+        const entry *e = &m->entries[i];
+        if (!e->alive) continue;
+        size_t n_found = 0;
+        for (size_t b = 0; b < l->n_blocks; b++) {
+            const told *at = &l->blocks[b];
+            uint32_t n = e->n_letters;
+            while (at != NULL && n > 0 && at->letter == e->letters[n - 1]) {
+                n--;
+                at = find_told(l, at->parent);
+            }
+            n_found += n == 0 && at == NULL;
+        }
+        assert_in_range(n_found, 1, N_SALTS);
+    }
+}
+
 static void test_tree_matches_a_model(void **state)
 {
     (void)state;
@@ -238,7 +306,11 @@ static void test_tree_matches_a_model(void **state)
     const int64_t live = kvl_alloc_live();
     for (int round = 0; round < 6; round++) {
         static model m;
+        static listener heard;
+        const kvl_prefix_tree_watcher watcher = {hear_stored, hear_removed, &heard};
         make_model(&m);
+        heard.n_blocks = 0;
+        kvl_prefix_tree_watch(m.tree, &watcher);
         for (int step = 0; step < 700; step++) {
             const prompt p = random_prompt(&random);
             const uint32_t action = kvl_test_below(&random, 10);
@@ -255,6 +327,7 @@ static void test_tree_matches_a_model(void **state)
                 forget_dead(&m);
             }
             check_balance(&m);
+            check_told(&m, &heard);
         }
         evict_both(&m, N_PAGES);
         free_model(&m);

@@ -219,6 +219,8 @@ static void test_mixes_answer_as_each_alone(void **state)
             make_asked(&random, &all[i]);
             if (!holds && kvl_test_below(&random, 4) == 0)
                 all[i].generation.n_branches = 1 + kvl_test_below(&random, BRANCHES);
+            /* Rows of a batch behind them change nothing either, nor do they. */
+            all[i].generation.is_background = !holds && kvl_test_below(&random, 4) == 0;
             submit(scheduler, &all[i]);
             /* Requests come while others are under way. */
             for (uint32_t s = kvl_test_below(&random, 6); s > 0; s--)
@@ -239,6 +241,130 @@ static void test_mixes_answer_as_each_alone(void **state)
     /* Otherwise the mixes were not what this test is about. */
     assert_true(n_paused > 10);
     assert_true(n_cached > 0);
+}
+
+static uint32_t tokens_so_far(const asked *own)
+{
+    uint32_t n = 0;
+    for (uint32_t b = 0; b < own->generation.n_branches; b++) n += own->answers[b].n_tokens;
+    return n;
+}
+
+/* Whatever the background holds: a request gets its place and its pages in the very next step, and
+ * until it is over the background draws nothing; then it goes on, from where it was. */
+static void test_the_background_stands_still_for_others(void **state)
+{
+    fixture *f = *state;
+    kvl_random random = kvl_test_random();
+    enum { ROWS = 6 };
+    static asked rows[ROWS];
+    static asked urgent;
+    for (int round = 0; round < 20; round++) {
+        kvl_scheduler *scheduler = make_scheduler(f, 3, 64);
+        for (uint32_t i = 0; i < ROWS; i++) {
+            make_asked(&random, &rows[i]);
+            rows[i].generation.is_background = true;
+            submit(scheduler, &rows[i]);
+        }
+        for (uint32_t s = kvl_test_below(&random, 40); s > 0; s--)
+            (void)kvl_scheduler_step(scheduler);
+        make_asked(&random, &urgent);
+        submit(scheduler, &urgent);
+        uint32_t before = 0;
+        for (uint32_t i = 0; i < ROWS; i++) before += tokens_so_far(&rows[i]);
+        uint32_t n_steps = 0;
+        while (!urgent.is_over) {
+            (void)kvl_scheduler_step(scheduler);
+            n_steps++;
+        }
+        /* Steps of its prompt, and one for each token. */
+        assert_true(n_steps <= urgent.generation.n_ids / 32 + 1 + urgent.generation.max_tokens);
+        uint32_t after = 0;
+        for (uint32_t i = 0; i < ROWS; i++) after += tokens_so_far(&rows[i]);
+        assert_int_equal(after, before);
+        run_all(scheduler);
+        kvl_scheduler_stats stats;
+        kvl_scheduler_stats_read(scheduler, &stats);
+        assert_int_equal(stats.n_running + stats.n_waiting + stats.n_background, 0);
+        kvl_scheduler_destroy(scheduler);
+        assert_pages_back(f);
+        assert_same_tokens(f, &urgent);
+        for (uint32_t i = 0; i < ROWS; i++) assert_same_tokens(f, &rows[i]);
+    }
+}
+
+/* A session whose positions from `first` on were computed behind another text, as if placed. */
+static void fill_wrongly(fixture *f, asked *own, uint32_t first, kvl_sequence *sequence)
+{
+    kvl_session *session = NULL;
+    kvl_error error = {0};
+    uint32_t n_shared = 0;
+    const uint32_t n = own->generation.n_ids;
+    uint32_t other[PROMPT_MAX];
+    memcpy(other, own->ids, n * sizeof *other);
+    for (uint32_t i = first; i < n; i++) other[i] = (other[i] + 7) % 256;
+    assert_int_equal(kvl_session_create(f->engine, &session, &error), KVL_OK);
+    assert_int_equal(kvl_session_begin(session, other, n, 0, false, 0, &n_shared, &error), KVL_OK);
+    assert_int_equal(kvl_session_compute_range(session, 0, n, 0, NULL, &error), KVL_OK);
+    kvl_session_truncate(session, first);
+    assert_int_equal(kvl_session_append(session, own->ids + first, n - first, &error), KVL_OK);
+    assert_int_equal(
+        kvl_sequence_of_session(sequence, f->engine, own->generation.salt, session, first, &error),
+        KVL_OK);
+    kvl_session_destroy(session);
+}
+
+/* KV that was placed is decoded from, and never found by anybody who asks for the exact one; and
+ * what was given back for want of pages comes back exact. */
+static void test_what_was_placed_stays_with_its_answer(void **state)
+{
+    fixture *f = *state;
+    enum { N = 100, FIRST = 40, SALT = 4711 };
+    static asked placed;
+    static asked after;
+    for (int is_stripped = 0; is_stripped < 2; is_stripped++) {
+        kvl_scheduler *scheduler = make_scheduler(f, 4, 0);
+        memset(&placed, 0, sizeof placed);
+        for (uint32_t t = 0; t < N; t++) placed.ids[t] = (5 * t + 1) % 256;
+        placed.generation = (kvl_generation){.ids = placed.ids,
+                                             .n_ids = N,
+                                             .salt = SALT + (uint64_t)is_stripped,
+                                             .max_tokens = 8,
+                                             .n_branches = 2,
+                                             .sampling = kvl_sampling_default(),
+                                             .ignore_end = true,
+                                             .event = take,
+                                             .context = &placed};
+        placed.generation.sampling.temperature = 0.0F;
+        kvl_sequence sequence;
+        kvl_error error = {0};
+        fill_wrongly(f, &placed, FIRST, &sequence);
+        assert_int_equal(sequence.n_computed, N - 1);
+        if (is_stripped) kvl_sequence_forget(&sequence, FIRST / 2);
+        assert_int_equal(sequence.n_exact, is_stripped ? UINT32_MAX : FIRST);
+        const kvl_reuse_report report = {.n_placed = N - FIRST, .is_approximate = true};
+        assert_int_equal(kvl_scheduler_submit_filled(scheduler, &placed.generation, &sequence, 0,
+                                                     &report, &placed.id, &error),
+                         KVL_OK);
+        run_all(scheduler);
+        assert_true(placed.is_over);
+        after = placed;
+        memset(after.answers, 0, sizeof after.answers);
+        after.n_finished = 0;
+        after.is_over = false;
+        after.generation.ids = after.ids;
+        after.generation.context = &after;
+        submit(scheduler, &after);
+        run_all(scheduler);
+        const uint32_t n_found = is_stripped ? N - 1 : FIRST;
+        assert_int_equal(after.n_cached, n_found / KVL_PAGE_TOKENS * KVL_PAGE_TOKENS);
+        kvl_scheduler_destroy(scheduler);
+        assert_pages_back(f);
+        assert_same_tokens(f, &after);
+        const bool differs = memcmp(placed.answers[0].tokens, after.answers[0].tokens,
+                                    sizeof placed.answers[0].tokens) != 0;
+        assert_int_equal(differs, !is_stripped);
+    }
 }
 
 /* Requests with one prefix that come together compute it once. */
@@ -539,6 +665,10 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_those_with_a_prefix_in_the_tree_go_first, setup,
                                         teardown),
         cmocka_unit_test_setup_teardown(test_mixes_answer_as_each_alone, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_what_was_placed_stays_with_its_answer, setup,
+                                        teardown),
+        cmocka_unit_test_setup_teardown(test_the_background_stands_still_for_others, setup,
+                                        teardown),
         cmocka_unit_test_setup_teardown(test_a_common_prefix_is_computed_once, setup, teardown),
         cmocka_unit_test_setup_teardown(test_branches_draw_by_their_own_seed, setup, teardown),
         cmocka_unit_test_setup_teardown(test_stop_texts_cut_the_answer, setup, teardown),

@@ -107,6 +107,48 @@ static void test_completions_take_texts_and_ids(void **state)
     }
 }
 
+/* What would need a constrained decoder is refused by name, and never answered freely. */
+static void test_formats_but_text_are_refused_with_a_remedy(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *format, *named; /* NULL: accepted */
+    } cases[] = {
+        {"{\"type\": \"text\"}", NULL},
+        {"null", NULL},
+        {"{\"type\": \"json_object\"}", "'json_object'"},
+        {"{\"type\": \"json_schema\", \"json_schema\": {\"name\": \"x\", \"schema\": {}}}",
+         "'json_schema'"},
+        {"{\"type\": 5}", "type"},
+        {"\"text\"", "object"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        for (int kind = KVL_API_CHAT; kind <= KVL_API_RESPONSE; kind += KVL_API_RESPONSE) {
+            char body[512];
+            (void)snprintf(body, sizeof body,
+                           kind == KVL_API_CHAT
+                               ? "{\"messages\": [{\"role\": \"user\", \"content\": \"hi\"}], "
+                                 "\"response_format\": %s}"
+                               : "{\"input\": \"hi\", \"text\": {\"format\": %s}}",
+                           cases[i].format);
+            kvl_api_request r;
+            kvl_api_error error = {0};
+            const bool is_taken = kvl_api_request_parse(engine, "tiny", (kvl_api_kind)kind, body,
+                                                        strlen(body), &r, &error);
+            assert_int_equal(is_taken, cases[i].named == NULL);
+            if (!is_taken) {
+                assert_int_equal(error.http_status, 400);
+                assert_string_equal(error.param, kind == KVL_API_CHAT ? "response_format" : "text");
+                assert_non_null(strstr(error.message, cases[i].named));
+                assert_non_null(strstr(error.message, "{\"type\": \"text\"}"));
+                assert_non_null(strstr(error.message,
+                                       kind == KVL_API_CHAT ? "response_format" : "text.format"));
+            }
+            kvl_api_request_deinit(&r);
+        }
+    }
+}
+
 /* Cut anywhere, with any byte changed: parsed or refused, with a reason, and nothing leaks. */
 static void test_damaged_bodies_are_refused_with_reasons(void **state)
 {
@@ -230,6 +272,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_field_arrives),
         cmocka_unit_test(test_completions_take_texts_and_ids),
+        cmocka_unit_test(test_formats_but_text_are_refused_with_a_remedy),
         cmocka_unit_test(test_damaged_bodies_are_refused_with_reasons),
         cmocka_unit_test(test_parsing_survives_want_of_memory),
         cmocka_unit_test(test_keys_find_their_tenant_and_nobody_else),

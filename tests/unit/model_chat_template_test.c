@@ -124,7 +124,7 @@ typedef struct golden_case {
 
 static void check_golden_case(const golden_case *of)
 {
-    kvl_message messages[MESSAGES_MAX];
+    kvl_message messages[MESSAGES_MAX] = {0};
     char roles[MESSAGES_MAX][16];
     const bool opens = kvl_golden_number(of->golden, 10) != 0;
     const size_t n_messages = (size_t)kvl_golden_number(of->golden, 10);
@@ -238,7 +238,7 @@ static void test_qwen_file_renders_as_jinja(void **state)
 
 static kvl_message message_of(const char *role, const char *content)
 {
-    return (kvl_message){role, content, strlen(content)};
+    return (kvl_message){.role = role, .content = content, .content_bytes = strlen(content)};
 }
 
 static void test_content_has_the_same_ids_in_every_prompt(void **state)
@@ -260,6 +260,33 @@ static void test_content_has_the_same_ids_in_every_prompt(void **state)
     assert_int_equal(b.parts[5].message, 2);
     assert_int_equal(a.parts[1].n_tokens, b.parts[5].n_tokens);
     assert_memory_equal(a.ids + a.parts[1].first, b.ids + b.parts[5].first,
+                        a.parts[1].n_tokens * sizeof *a.ids);
+    kvl_prompt_deinit(&a);
+    kvl_prompt_deinit(&b);
+    kvl_chat_template_destroy(chat_template);
+    kvl_tokenizer_destroy(tokenizer);
+}
+
+/* A document in a message of several texts has the ids that it has as a message of its own. */
+static void test_seams_part_a_content(void **state)
+{
+    (void)state;
+    kvl_chat_template *chat_template = make_template(CHATML, strlen(CHATML));
+    kvl_tokenizer *tokenizer = make_tokenizer("-", "<|im_end|>");
+    static const size_t seams[] = {0, 4, 4, 11};
+    const kvl_message one[] = {message_of("user", "ell me\n")};
+    kvl_message several[] = {message_of("user", "tellell me\n")};
+    several[0].seams = seams;
+    several[0].n_seams = sizeof seams / sizeof *seams;
+    kvl_prompt a;
+    kvl_prompt b;
+    assert_int_equal(kvl_chat_render(chat_template, tokenizer, one, 1, true, &a, NULL), KVL_OK);
+    assert_int_equal(kvl_chat_render(chat_template, tokenizer, several, 1, true, &b, NULL), KVL_OK);
+    assert_int_equal(b.n_parts, a.n_parts + 1);
+    assert_int_equal(b.parts[1].message, 0);
+    assert_int_equal(b.parts[2].message, 0);
+    assert_int_equal(a.parts[1].n_tokens, b.parts[2].n_tokens);
+    assert_memory_equal(a.ids + a.parts[1].first, b.ids + b.parts[2].first,
                         a.parts[1].n_tokens * sizeof *a.ids);
     kvl_prompt_deinit(&a);
     kvl_prompt_deinit(&b);
@@ -375,6 +402,7 @@ int main(void)
         cmocka_unit_test(test_smollm2_file_renders_as_jinja),
         cmocka_unit_test(test_qwen_file_renders_as_jinja),
         cmocka_unit_test(test_content_has_the_same_ids_in_every_prompt),
+        cmocka_unit_test(test_seams_part_a_content),
         cmocka_unit_test(test_content_never_becomes_special),
         cmocka_unit_test(test_refusals_say_why),
         cmocka_unit_test(test_near_misses_are_unknown),
