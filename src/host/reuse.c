@@ -136,8 +136,10 @@ kvl_status run_plan(run *r, kvl_error *error)
     kvl_plan_totals totals = {0};
     kvl_plan_make(&options, &r->host->rates, about, r->n_parts, steps, &totals);
     for (uint32_t p = 0; p < r->n_parts; p++) r->parts[p].step = steps[p];
-    /* A policy that was asked for by its name does what it says. */
-    if (r->task->select[0] == '\0' && totals.blend_share > options.blend_share)
+    /* A policy that was asked for by its name does what it says. The share is a mean of parts': it
+     * is above the least only by more than rounding. */
+    if (r->task->select[0] == '\0' && options.blend_overlaps &&
+        totals.blend_share > 1.001 * options.blend_share)
         widen(r, (uint32_t)totals.n_blended, totals.blend_share);
     r->expected_error = totals.error;
     r->is_exact = totals.n_placed == 0 && totals.n_offset == 0 && totals.n_blended == 0;
