@@ -1,4 +1,5 @@
-/* host: what holds of recomputing some tokens among placed KV, on random small models:
+/* host: what holds of recomputing some tokens among placed KV, on random small models, and on the
+ * real one whose file KVLOOM_TEST_MODEL names (tests/integration/invariants_contract.py):
  * everything recomputed is a full prefill bit for bit, in one batch or refreshed in order; a stale
  * key never reaches a row before it; KV that was exact does not deviate. */
 #include <setjmp.h>
@@ -17,22 +18,23 @@
 #include "test_random.h"
 #include "tiny_engine.h"
 
-enum { N_MAX = 140, ROUNDS = 12 };
+enum { N_MAX = 140, N_PAGES = 64 };
 
 typedef struct fixture {
     kvl_engine *engine;
     kvl_random random;
     uint32_t ids[N_MAX];
     uint32_t n;
+    int n_rounds;
 } fixture;
 
 static void open_engine(fixture *f, const char *architecture)
 {
-    *f = (fixture){.random = kvl_test_random()};
+    *f = (fixture){.random = kvl_test_random(), .n_rounds = 12};
     kvl_tiny_gguf_options tiny = kvl_tiny_gguf_defaults(architecture);
     tiny.n_layers = 2 + kvl_test_below(&f->random, 3);
     tiny.is_mixed = true;
-    f->engine = tiny_engine_open(&tiny, 2, 64);
+    f->engine = tiny_engine_open(&tiny, 2, N_PAGES);
 }
 
 static int setup_llama(void **state)
@@ -51,10 +53,22 @@ static int setup_qwen2(void **state)
     return 0;
 }
 
+static int setup_real(void **state)
+{
+    static fixture f;
+    f = (fixture){.random = kvl_test_random(), .n_rounds = 3};
+    const kvl_engine_options options = {
+        .model_path = getenv("KVLOOM_TEST_MODEL"), .n_threads = 2, .n_pages = N_PAGES};
+    kvl_error error = {0};
+    if (kvl_engine_create(&options, &f.engine, &error) != KVL_OK) fail_msg("%s", error.text);
+    *state = &f;
+    return 0;
+}
+
 static int teardown(void **state)
 {
     fixture *f = *state;
-    assert_int_equal(kvl_page_pool_n_free(f->engine->pool), 64);
+    assert_int_equal(kvl_page_pool_n_free(f->engine->pool), N_PAGES);
     kvl_engine_destroy(f->engine);
     return 0;
 }
@@ -151,7 +165,7 @@ static void test_everything_recomputed_is_a_full_prefill(void **state)
     fixture *f = *state;
     uint32_t all[N_MAX];
     for (uint32_t i = 0; i < N_MAX; i++) all[i] = i;
-    for (int round = 0; round < ROUNDS; round++) {
+    for (int round = 0; round < f->n_rounds; round++) {
         draw_prompt(f);
         kv full = prefill(f);
         kv stale = random_kv(f);
@@ -172,7 +186,7 @@ static void test_everything_recomputed_is_a_full_prefill(void **state)
 static void test_refreshed_in_order_is_a_full_prefill(void **state)
 {
     fixture *f = *state;
-    for (int round = 0; round < ROUNDS; round++) {
+    for (int round = 0; round < f->n_rounds; round++) {
         draw_prompt(f);
         kv full = prefill(f);
         kv stale = random_kv(f);
@@ -230,7 +244,7 @@ static void test_a_stale_key_never_reaches_a_row_before_it(void **state)
     const kvl_model_shape *s = f->engine->shape;
     const size_t width = (size_t)s->n_kv_heads * s->head_dim;
     uint32_t n_reached = 0;
-    for (int round = 0; round < ROUNDS; round++) {
+    for (int round = 0; round < f->n_rounds; round++) {
         draw_prompt(f);
         const uint32_t at = 1 + kvl_test_below(&f->random, f->n - 2);
         uint32_t chosen[N_MAX];
@@ -265,7 +279,7 @@ static void test_exact_kv_does_not_deviate(void **state)
     fixture *f = *state;
     uint32_t all[N_MAX];
     for (uint32_t i = 0; i < N_MAX; i++) all[i] = i;
-    for (int round = 0; round < ROUNDS; round++) {
+    for (int round = 0; round < f->n_rounds; round++) {
         draw_prompt(f);
         kv full = prefill(f);
         kv stale = random_kv(f);
@@ -289,8 +303,23 @@ static void test_exact_kv_does_not_deviate(void **state)
     }
 }
 
+static int test_real(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_everything_recomputed_is_a_full_prefill, setup_real,
+                                        teardown),
+        cmocka_unit_test_setup_teardown(test_refreshed_in_order_is_a_full_prefill, setup_real,
+                                        teardown),
+        cmocka_unit_test_setup_teardown(test_a_stale_key_never_reaches_a_row_before_it, setup_real,
+                                        teardown),
+        cmocka_unit_test_setup_teardown(test_exact_kv_does_not_deviate, setup_real, teardown),
+    };
+    return cmocka_run_group_tests_name("real model", tests, NULL, NULL);
+}
+
 int main(void)
 {
+    if (getenv("KVLOOM_TEST_MODEL") != NULL) return test_real();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_everything_recomputed_is_a_full_prefill, setup_llama,
                                         teardown),
