@@ -13,9 +13,7 @@
 
 #include <cmocka.h>
 
-#include "base/alloc.h"
-#include "host/engine.h"
-#include "test_random.h"
+#include "placed_kv.h"
 #include "tiny_engine.h"
 
 enum { N_MAX = 140, N_PAGES = 64 };
@@ -79,47 +77,6 @@ static void draw_prompt(fixture *f)
     for (uint32_t i = 0; i < f->n; i++) f->ids[i] = kvl_test_below(&f->random, 256);
 }
 
-/* KV of all tokens of a session, keys not rotated. */
-typedef struct kv {
-    float *keys, *values;
-    size_t n_floats;
-    kvl_kv_view view;
-} kv;
-
-static kv room_for(fixture *f)
-{
-    const kvl_model_shape *s = f->engine->shape;
-    kv made = {.n_floats = (size_t)f->n * s->n_layers * s->n_kv_heads * s->head_dim};
-    made.keys = kvl_alloc_aligned(made.n_floats * sizeof(float));
-    made.values = kvl_alloc_aligned(made.n_floats * sizeof(float));
-    made.view =
-        (kvl_kv_view){s->n_layers, f->n, s->n_kv_heads, s->head_dim, made.keys, made.values};
-    return made;
-}
-
-static void free_kv(kv *made)
-{
-    kvl_free(made->keys);
-    kvl_free(made->values);
-}
-
-static kv random_kv(fixture *f)
-{
-    kv made = room_for(f);
-    for (size_t i = 0; i < made.n_floats; i++) {
-        made.keys[i] = kvl_random_uniform(&f->random) - 0.5F;
-        made.values[i] = kvl_random_uniform(&f->random) - 0.5F;
-    }
-    return made;
-}
-
-static kv kv_of(fixture *f, kvl_session *session)
-{
-    kv made = room_for(f);
-    kvl_session_extract(session, 0, f->n, made.keys, made.values);
-    return made;
-}
-
 static kvl_session *begin(fixture *f)
 {
     kvl_session *session = NULL;
@@ -142,21 +99,9 @@ static kv prefill(fixture *f)
     kvl_session *session = begin(f);
     kvl_error error = {0};
     assert_int_equal(kvl_session_compute_range(session, 0, f->n, 0, NULL, &error), KVL_OK);
-    kv made = kv_of(f, session);
+    kv made = kv_of(f->engine, session, f->n);
     kvl_session_destroy(session);
     return made;
-}
-
-static void place(kvl_session *session, const kv *from)
-{
-    const kvl_placement all = {.kv = &from->view, .n = from->view.n_tokens};
-    kvl_session_place(session, &all);
-}
-
-static void assert_same(const kv *a, const kv *b)
-{
-    assert_memory_equal(a->keys, b->keys, a->n_floats * sizeof(float));
-    assert_memory_equal(a->values, b->values, a->n_floats * sizeof(float));
 }
 
 /* algorithms 2.9 a: a ratio of 1. */
@@ -168,16 +113,16 @@ static void test_everything_recomputed_is_a_full_prefill(void **state)
     for (int round = 0; round < f->n_rounds; round++) {
         draw_prompt(f);
         kv full = prefill(f);
-        kv stale = random_kv(f);
+        kv stale = kv_random(f->engine, f->n, &f->random);
         kvl_session *session = begin(f);
-        place(session, &stale);
+        kv_place(session, &stale, 0);
         compute(session, all, f->n);
-        kv seen = kv_of(f, session);
-        assert_same(&full, &seen);
+        kv seen = kv_of(f->engine, session, f->n);
+        kv_assert_same(&full, &seen);
         kvl_session_destroy(session);
-        free_kv(&full);
-        free_kv(&stale);
-        free_kv(&seen);
+        kv_end(&full);
+        kv_end(&stale);
+        kv_end(&seen);
     }
 }
 
@@ -189,9 +134,9 @@ static void test_refreshed_in_order_is_a_full_prefill(void **state)
     for (int round = 0; round < f->n_rounds; round++) {
         draw_prompt(f);
         kv full = prefill(f);
-        kv stale = random_kv(f);
+        kv stale = kv_random(f->engine, f->n, &f->random);
         kvl_session *session = begin(f);
-        place(session, &stale);
+        kv_place(session, &stale, 0);
         uint32_t scattered[N_MAX];
         uint32_t n = 0;
         for (uint32_t p = 0; p < f->n; p++) {
@@ -205,12 +150,12 @@ static void test_refreshed_in_order_is_a_full_prefill(void **state)
             while (n < most && first < f->n) some[n++] = first++;
             compute(session, some, n);
         }
-        kv seen = kv_of(f, session);
-        assert_same(&full, &seen);
+        kv seen = kv_of(f->engine, session, f->n);
+        kv_assert_same(&full, &seen);
         kvl_session_destroy(session);
-        free_kv(&full);
-        free_kv(&stale);
-        free_kv(&seen);
+        kv_end(&full);
+        kv_end(&stale);
+        kv_end(&seen);
     }
 }
 
@@ -230,9 +175,9 @@ static bool row_differs(const fixture *f, const kv *a, const kv *b, uint32_t pos
 static kv blend(fixture *f, const kv *stale, const uint32_t *chosen, uint32_t n)
 {
     kvl_session *session = begin(f);
-    place(session, stale);
+    kv_place(session, stale, 0);
     compute(session, chosen, n);
-    kv seen = kv_of(f, session);
+    kv seen = kv_of(f->engine, session, f->n);
     kvl_session_destroy(session);
     return seen;
 }
@@ -253,7 +198,7 @@ static void test_a_stale_key_never_reaches_a_row_before_it(void **state)
             const bool is_taken = kvl_test_below(&f->random, 3) == 0 || p + 1 == f->n || p == 0;
             if (p != at && is_taken) chosen[n++] = p;
         }
-        kv stale = random_kv(f);
+        kv stale = kv_random(f->engine, f->n, &f->random);
         kv before = blend(f, &stale, chosen, n);
         for (uint32_t l = 0; l < s->n_layers; l++) {
             for (size_t d = 0; d < width; d++) {
@@ -266,9 +211,9 @@ static void test_a_stale_key_never_reaches_a_row_before_it(void **state)
         for (uint32_t p = 0; p < at; p++) assert_false(row_differs(f, &before, &after, p));
         for (uint32_t i = 0; i < n; i++)
             n_reached += chosen[i] > at && row_differs(f, &before, &after, chosen[i]);
-        free_kv(&stale);
-        free_kv(&before);
-        free_kv(&after);
+        kv_end(&stale);
+        kv_end(&before);
+        kv_end(&after);
     }
     assert_true(n_reached > 0); /* rows behind it do see it */
 }
@@ -282,15 +227,15 @@ static void test_exact_kv_does_not_deviate(void **state)
     for (int round = 0; round < f->n_rounds; round++) {
         draw_prompt(f);
         kv full = prefill(f);
-        kv stale = random_kv(f);
+        kv stale = kv_random(f->engine, f->n, &f->random);
         float exact[N_MAX], deviating[N_MAX];
         const kvl_deviation_check check = {(uint32_t)round % f->engine->shape->n_layers,
                                            round % 2 == 0};
         kvl_error error = {0};
         kvl_session *session = begin(f);
-        place(session, &full);
+        kv_place(session, &full, 0);
         assert_int_equal(kvl_session_deviation(session, &check, all, f->n, exact, &error), KVL_OK);
-        place(session, &stale);
+        kv_place(session, &stale, 0);
         assert_int_equal(kvl_session_deviation(session, &check, all, f->n, deviating, &error),
                          KVL_OK);
         for (uint32_t p = 0; p < f->n; p++) {
@@ -298,8 +243,8 @@ static void test_exact_kv_does_not_deviate(void **state)
             assert_true(deviating[p] > 1e-3F);
         }
         kvl_session_destroy(session);
-        free_kv(&full);
-        free_kv(&stale);
+        kv_end(&full);
+        kv_end(&stale);
     }
 }
 

@@ -14,7 +14,7 @@
 
 #include "base/alloc.h"
 #include "host/host_parts.h"
-#include "test_random.h"
+#include "placed_kv.h"
 #include "tiny_engine.h"
 
 #include <math.h>
@@ -54,56 +54,22 @@ static int teardown(void **state)
     return 0;
 }
 
-/* KV of a whole prompt, keys not rotated. */
-typedef struct kv {
-    float *keys, *values;
-    size_t n;
-} kv;
-
-static kv kv_room(const fixture *f)
-{
-    kv made = {.n = f->engine->shape->n_layers * (size_t)f->n * f->width};
-    made.keys = kvl_alloc_aligned(made.n * sizeof(float));
-    made.values = kvl_alloc_aligned(made.n * sizeof(float));
-    assert_true(made.keys != NULL && made.values != NULL);
-    return made;
-}
-
-static void kv_end(kv *gone)
-{
-    kvl_free(gone->keys);
-    kvl_free(gone->values);
-}
-
-static kv kv_of(const fixture *f, kvl_session *session)
-{
-    kv made = kv_room(f);
-    kvl_session_extract(session, 0, f->n, made.keys, made.values);
-    return made;
-}
-
 static kv draw(fixture *f, uint32_t n)
 {
     f->n = n;
     for (uint32_t i = 0; i < n; i++) f->ids[i] = kvl_test_below(&f->random, 256);
-    kv stale = kv_room(f);
-    kvl_test_fill_uniform(&f->random, stale.keys, stale.n);
-    kvl_test_fill_uniform(&f->random, stale.values, stale.n);
-    return stale;
+    return kv_random(f->engine, n, &f->random);
 }
 
 static kvl_session *placed(fixture *f, const kv *stale)
 {
-    const kvl_model_shape *s = f->engine->shape;
     kvl_session *session = NULL;
     uint32_t n_shared = 0;
     kvl_error error = {0};
     assert_int_equal(kvl_session_create(f->engine, &session, &error), KVL_OK);
     assert_int_equal(kvl_session_begin(session, f->ids, f->n, 0, false, 1, &n_shared, &error),
                      KVL_OK);
-    const kvl_kv_view view = {s->n_layers, f->n,        s->n_kv_heads,
-                              s->head_dim, stale->keys, stale->values};
-    kvl_session_place(session, &(kvl_placement){.kv = &view, .n = f->n});
+    kv_place(session, stale, 0);
     return session;
 }
 
@@ -170,7 +136,7 @@ static void move_layer(fixture *f, kvl_session *session, const kv *stale, uint32
     kvl_error error = {0};
     assert_int_equal(
         kvl_session_compute(session, positions, n_chosen + 1, 1, f->host.logits, &error), KVL_OK);
-    kv now = kv_of(f, session);
+    kv now = kv_of(f->engine, session, f->n);
     for (uint32_t p = 0; p + 1 < f->n; p++) {
         if (is_in(p, positions, n_chosen)) continue;
         const size_t row = ((size_t)layer * f->n + p) * f->width;
@@ -208,7 +174,7 @@ static void run_twin(fixture *f, kvl_session *session, const kv *stale, const ui
 
 static void assert_near(const kv *a, const kv *b)
 {
-    for (size_t i = 0; i < a->n; i++) {
+    for (size_t i = 0; i < a->n_floats; i++) {
         const float room = 1e-3F * fmaxf(1.0F, fabsf(a->keys[i]) + fabsf(a->values[i]));
         assert_true(fabsf(a->keys[i] - b->keys[i]) <= room);
         assert_true(fabsf(a->values[i] - b->values[i]) <= room);
@@ -229,8 +195,8 @@ static void compare_with_twin(fixture *f, uint32_t n, uint32_t one_of)
     const uint32_t n_probes = n_cuts == 1 ? n_chosen : (n_chosen + 1 + n_cuts - 1) / n_cuts;
     kvl_session *theirs = placed(f, &stale);
     run_twin(f, theirs, &stale, positions, n_chosen, n_probes);
-    kv seen = kv_of(f, ours);
-    kv wanted = kv_of(f, theirs);
+    kv seen = kv_of(f->engine, ours, f->n);
+    kv wanted = kv_of(f->engine, theirs, f->n);
     assert_near(&wanted, &seen);
     /* Otherwise nothing was moved. */
     double moved = 0.0;
@@ -271,8 +237,8 @@ static void test_probes_of_the_first_cut_move_all(void **state)
     run_probes(f, ours, positions, n_chosen, &has_probe);
     kvl_session *theirs = placed(f, &stale);
     run_twin(f, theirs, &stale, positions, n_chosen, (n_chosen + 2) / 2);
-    kv seen = kv_of(f, ours);
-    kv wanted = kv_of(f, theirs);
+    kv seen = kv_of(f->engine, ours, f->n);
+    kv wanted = kv_of(f->engine, theirs, f->n);
     assert_near(&wanted, &seen);
     kvl_session_destroy(ours);
     kvl_session_destroy(theirs);
@@ -298,10 +264,10 @@ static void test_without_probes_or_others_nothing_changes(void **state)
         kvl_error error = {0};
         assert_int_equal(kvl_session_compute(plain, positions, n_chosen + 1, 0, NULL, &error),
                          KVL_OK);
-        kv seen = kv_of(f, ours);
-        kv wanted = kv_of(f, plain);
-        assert_memory_equal(seen.keys, wanted.keys, seen.n * sizeof(float));
-        assert_memory_equal(seen.values, wanted.values, seen.n * sizeof(float));
+        kv seen = kv_of(f->engine, ours, f->n);
+        kv wanted = kv_of(f->engine, plain, f->n);
+        assert_memory_equal(seen.keys, wanted.keys, seen.n_floats * sizeof(float));
+        assert_memory_equal(seen.values, wanted.values, seen.n_floats * sizeof(float));
         kvl_session_destroy(ours);
         kvl_session_destroy(plain);
         kv_end(&seen);
@@ -362,10 +328,10 @@ static void test_a_watched_walk_computes_the_same_bits(void **state)
     assert_int_equal(w.n_before, n_layers - 1);
     assert_int_equal(w.n_after, n_layers - 1);
     assert_int_equal(w.n_rows, (n_layers - 1) * n);
-    kv seen = kv_of(f, watched);
-    kv wanted = kv_of(f, plain);
-    assert_memory_equal(seen.keys, wanted.keys, seen.n * sizeof(float));
-    assert_memory_equal(seen.values, wanted.values, seen.n * sizeof(float));
+    kv seen = kv_of(f->engine, watched, f->n);
+    kv wanted = kv_of(f->engine, plain, f->n);
+    assert_memory_equal(seen.keys, wanted.keys, seen.n_floats * sizeof(float));
+    assert_memory_equal(seen.values, wanted.values, seen.n_floats * sizeof(float));
     kvl_session_destroy(plain);
     kvl_session_destroy(watched);
     kv_end(&seen);

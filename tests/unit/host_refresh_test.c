@@ -13,9 +13,8 @@
 
 #include <cmocka.h>
 
-#include "base/alloc.h"
 #include "host/refresh.h"
-#include "test_random.h"
+#include "placed_kv.h"
 #include "tiny_engine.h"
 
 enum { N_MAX = 90, ANSWER_MAX = 120, ROUNDS = 8, N_PAGES = 64 };
@@ -56,41 +55,6 @@ static void draw_prompt(fixture *f)
     for (uint32_t i = 0; i < f->n; i++) f->ids[i] = kvl_test_below(&f->random, 256);
 }
 
-/* KV of the first n tokens, keys before rotation. */
-typedef struct kv {
-    float *keys, *values;
-    size_t n_floats;
-    uint32_t n;
-} kv;
-
-static kv room_for(fixture *f, uint32_t n)
-{
-    const kvl_model_shape *s = f->engine->shape;
-    kv made = {.n_floats = (size_t)n * s->n_layers * s->n_kv_heads * s->head_dim, .n = n};
-    made.keys = kvl_alloc_aligned((made.n_floats + 1) * sizeof(float));
-    made.values = kvl_alloc_aligned((made.n_floats + 1) * sizeof(float));
-    return made;
-}
-
-static void free_kv(kv *made)
-{
-    kvl_free(made->keys);
-    kvl_free(made->values);
-}
-
-static kv kv_of(fixture *f, kvl_session *session, uint32_t n)
-{
-    kv made = room_for(f, n);
-    kvl_session_extract(session, 0, n, made.keys, made.values);
-    return made;
-}
-
-static void assert_same(const kv *a, const kv *b)
-{
-    assert_memory_equal(a->keys, b->keys, a->n_floats * sizeof(float));
-    assert_memory_equal(a->values, b->values, a->n_floats * sizeof(float));
-}
-
 static kvl_session *begin(fixture *f, bool use_tree)
 {
     kvl_session *session = NULL;
@@ -107,7 +71,7 @@ static kv prefill(fixture *f)
     kvl_session *session = begin(f, false);
     kvl_error error = {0};
     assert_int_equal(kvl_session_compute_range(session, 0, f->n, 0, NULL, &error), KVL_OK);
-    kv made = kv_of(f, session, f->n);
+    kv made = kv_of(f->engine, session, f->n);
     kvl_session_destroy(session);
     return made;
 }
@@ -116,23 +80,15 @@ static kv prefill(fixture *f)
 static kvl_session *place_noise(fixture *f, uint32_t first, bool use_tree)
 {
     kvl_session *session = begin(f, use_tree);
-    const kvl_model_shape *s = f->engine->shape;
-    const uint32_t n = f->n - 1 - first;
-    kv noise = room_for(f, n);
-    for (size_t i = 0; i < noise.n_floats; i++) {
-        noise.keys[i] = kvl_random_uniform(&f->random) - 0.5F;
-        noise.values[i] = kvl_random_uniform(&f->random) - 0.5F;
-    }
-    const kvl_kv_view view = {s->n_layers, n, s->n_kv_heads, s->head_dim, noise.keys, noise.values};
-    const kvl_placement all = {.kv = &view, .position_first = first, .n = n};
+    kv noise = kv_random(f->engine, f->n - 1 - first, &f->random);
     kvl_error error = {0};
     if (first > f->n_shared)
         assert_int_equal(kvl_session_compute_range(session, f->n_shared, first, 0, NULL, &error),
                          KVL_OK);
-    kvl_session_place(session, &all);
+    kv_place(session, &noise, first);
     assert_int_equal(kvl_session_compute_range(session, f->n - 1, f->n, 1, f->logits, &error),
                      KVL_OK);
-    free_kv(&noise);
+    kv_end(&noise);
     return session;
 }
 
@@ -185,7 +141,7 @@ static void test_all_refreshed_in_order_are_a_full_prefill(void **state)
         assert_int_equal(refresh.n_refreshed, f->n - 1);
         assert_int_equal(n_steps, (f->n - 1 + b - 1) / b);
         assert_int_equal(refresh.n_steps, n_steps);
-        kv seen = kv_of(f, session, f->n - 1);
+        kv seen = kv_of(f->engine, session, f->n - 1);
         for (uint32_t l = 0; l < f->engine->shape->n_layers; l++) {
             const size_t width = (size_t)f->engine->shape->n_kv_heads * f->engine->shape->head_dim;
             const size_t n_bytes = (f->n - 1) * width * sizeof(float);
@@ -196,8 +152,8 @@ static void test_all_refreshed_in_order_are_a_full_prefill(void **state)
         }
         kvl_refresh_deinit(&refresh);
         kvl_session_destroy(session);
-        free_kv(&full);
-        free_kv(&seen);
+        kv_end(&full);
+        kv_end(&seen);
     }
 }
 
@@ -223,9 +179,9 @@ static void test_each_goes_once_and_the_most_attended_first(void **state)
             const uint32_t n_before = refresh.n_stale;
             memcpy(before, refresh.stale, n_before * sizeof *before);
             memcpy(mass, refresh.mass, f->n * sizeof *mass);
-            kv old = kv_of(f, session, f->n);
+            kv old = kv_of(f->engine, session, f->n);
             step(f, &refresh, session);
-            kv new = kv_of(f, session, f->n);
+            kv new = kv_of(f->engine, session, f->n);
             float lowest_taken = INFINITY, highest_left = -INFINITY;
             uint32_t left = 0;
             bool is_changed[N_MAX] = {false};
@@ -248,8 +204,8 @@ static void test_each_goes_once_and_the_most_attended_first(void **state)
                     assert_int_equal(same, !is_changed[p]);
                 }
             }
-            free_kv(&old);
-            free_kv(&new);
+            kv_end(&old);
+            kv_end(&new);
         }
         assert_int_equal(refresh.n_refreshed, f->n - 1);
         kvl_refresh_deinit(&refresh);
@@ -270,7 +226,7 @@ static void test_pages_of_others_stay_as_they_are(void **state)
         assert_int_equal(kvl_session_compute_range(other, 0, f->n, 0, NULL, &error), KVL_OK);
         const uint32_t n_kept = 2 * KVL_PAGE_TOKENS;
         assert_int_equal(kvl_session_keep_prefix(other, 1, n_kept, &error), KVL_OK);
-        kv before = kv_of(f, other, f->n);
+        kv before = kv_of(f->engine, other, f->n);
         kvl_session *session = place_noise(f, n_kept, true);
         assert_int_equal(f->n_shared, n_kept);
         for (uint32_t p = 0; p < n_kept; p += KVL_PAGE_TOKENS)
@@ -279,10 +235,10 @@ static void test_pages_of_others_stay_as_they_are(void **state)
         kvl_refresh refresh = ready(f, n_kept, &options);
         while (refresh.n_stale > 0) step(f, &refresh, session);
         assert_int_equal(refresh.n_refreshed, f->n - 1 - n_kept);
-        kv after = kv_of(f, other, f->n);
-        assert_same(&before, &after);
-        free_kv(&before);
-        free_kv(&after);
+        kv after = kv_of(f->engine, other, f->n);
+        kv_assert_same(&before, &after);
+        kv_end(&before);
+        kv_end(&after);
         kvl_refresh_deinit(&refresh);
         kvl_session_destroy(session);
         kvl_session_destroy(other);
@@ -317,7 +273,7 @@ static void test_off_and_past_its_deadline_change_nothing(void **state)
             now = 200;
         }
         const uint32_t n_refreshed = refresh.n_refreshed;
-        kv before = kv_of(f, session, f->n);
+        kv before = kv_of(f->engine, session, f->n);
         for (int i = 0; i < 3; i++) {
             step(f, &refresh, session);
             float plain[512];
@@ -328,10 +284,10 @@ static void test_off_and_past_its_deadline_change_nothing(void **state)
             assert_memory_equal(plain, f->logits, f->engine->shape->n_vocab * sizeof *plain);
         }
         assert_int_equal(refresh.n_refreshed, n_refreshed);
-        kv after = kv_of(f, session, f->n);
-        assert_same(&before, &after);
-        free_kv(&before);
-        free_kv(&after);
+        kv after = kv_of(f->engine, session, f->n);
+        kv_assert_same(&before, &after);
+        kv_end(&before);
+        kv_end(&after);
         kvl_refresh_deinit(&refresh);
         kvl_session_destroy(session);
     }
