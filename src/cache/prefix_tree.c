@@ -369,6 +369,47 @@ uint32_t kvl_prefix_tree_evict(kvl_prefix_tree *tree, uint32_t n_pages)
     return n_freed;
 }
 
+/* ---- looking ---- */
+
+static uint32_t index_of(const node *const *taken, uint32_t n, const node *wanted)
+{
+    for (uint32_t i = 0; i < n; i++)
+        if (taken[i] == wanted) return i;
+    return KVL_PREFIX_VIEW_FIRST;
+}
+
+static kvl_prefix_node look_at(const kvl_prefix_tree *tree, const node *item)
+{
+    kvl_prefix_node seen = {.n_pages = item->n_steps, .n_children = item->n_children};
+    seen.n_holders = kvl_page_pool_references(tree->pool, item->steps[0].page) - 1;
+    memcpy(seen.ids, item->steps[0].ids, sizeof seen.ids);
+    return seen;
+}
+
+/* The list has parents before their children: whoever is taken has those above it in the view. */
+void kvl_prefix_tree_look(const kvl_prefix_tree *tree, uint64_t salt, uint32_t n_max,
+                          kvl_prefix_view *view)
+{
+    const node *taken[KVL_PREFIX_VIEW_NODES];
+    KVL_ASSERT(n_max <= KVL_PREFIX_VIEW_NODES);
+    *view = (kvl_prefix_view){.n_nodes = 0};
+    for (const node *item = tree->newest; item != NULL; item = item->older) {
+        if (item->salt != salt) {
+            view->other_nodes++;
+            view->other_pages += item->n_steps;
+            continue;
+        }
+        view->own_nodes++;
+        view->own_pages += item->n_steps;
+        if (view->n_nodes == n_max) continue;
+        kvl_prefix_node *seen = &view->nodes[view->n_nodes];
+        *seen = look_at(tree, item);
+        seen->parent = index_of(taken, view->n_nodes, item->parent);
+        KVL_ASSERT((item->parent == NULL) == (seen->parent == KVL_PREFIX_VIEW_FIRST));
+        taken[view->n_nodes++] = item;
+    }
+}
+
 uint32_t kvl_prefix_tree_n_pages(const kvl_prefix_tree *tree)
 {
     return tree->n_pages;

@@ -53,6 +53,32 @@ typedef struct kvl_prefix_tree_watcher {
  * NULL: nobody is told any more. */
 void kvl_prefix_tree_watch(kvl_prefix_tree *tree, const kvl_prefix_tree_watcher *watcher);
 
+/* ---- looking ---- */
+
+#define KVL_PREFIX_VIEW_NODES 200u
+#define KVL_PREFIX_VIEW_FIRST UINT32_MAX
+
+/* A node as it stood at one moment. */
+typedef struct kvl_prefix_node {
+    uint32_t parent; /* its place among those of the view, before this one; or ..._VIEW_FIRST */
+    uint32_t n_pages, n_children;
+    uint32_t n_holders;            /* of its first page, beside the tree */
+    uint32_t ids[KVL_PAGE_TOKENS]; /* of its first page */
+} kvl_prefix_node;
+
+/* Nodes of one salt, last used first, and sums over all that are there. */
+typedef struct kvl_prefix_view {
+    kvl_prefix_node nodes[KVL_PREFIX_VIEW_NODES]; /* [n_nodes] */
+    uint32_t n_nodes;
+    uint32_t own_nodes, own_pages;     /* of the salt, those that are not in the view too */
+    uint32_t other_nodes, other_pages; /* of all other salts */
+} kvl_prefix_view;
+
+/* Copies at most n_max nodes (KVL_PREFIX_VIEW_NODES) of a salt; none stands there without those
+ * above it. Nothing is taken, nor counts as used. */
+void kvl_prefix_tree_look(const kvl_prefix_tree *tree, uint64_t salt, uint32_t n_max,
+                          kvl_prefix_view *view);
+
 uint32_t kvl_prefix_tree_n_pages(const kvl_prefix_tree *tree);
 
 #endif /* KVL_CACHE_PREFIX_TREE_H */

@@ -7,6 +7,7 @@
 
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <stdio.h>
 #include <string.h>
 
 kvl_host_options kvl_host_default_options(void)
@@ -162,11 +163,15 @@ kvl_status kvl_host_create(const kvl_host_options *options, kvl_host **host, kvl
     memcpy(made->tenant_key, options->tenant_key, sizeof made->tenant_key);
     memcpy(made->name, options->name, strlen(options->name) + 1);
     kvl_log_set_host(options->name);
+    for (; made->n_peers < options->n_peers && made->n_peers < KVL_PEERS_MAX; made->n_peers++)
+        (void)snprintf(made->peer_names[made->n_peers], KVL_SLOT_NAME_MAX, "%s",
+                       options->peers[made->n_peers].name);
     const kvl_status status = create_parts(made, options, error);
     if (status != KVL_OK) {
         kvl_host_destroy(made);
         return status;
     }
+    host_show(made);
     *host = made;
     return KVL_OK;
 }

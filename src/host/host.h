@@ -66,6 +66,34 @@ kvl_service *kvl_host_service(kvl_host *host);
  * Owns     the text: ended with kvl_free; NULL without memory */
 char *kvl_host_metrics_text(kvl_host *host);
 
+#define KVL_HOST_PEERS_SHOWN 64u
+#define KVL_HOST_ACTIONS_MAX 8u
+
+/* What audits have found where one action had most of a prompt, over all workflows. */
+typedef struct kvl_host_audit {
+    const char *action; /* static text */
+    uint64_t n;         /* audits */
+    double kl;          /* mean KL(full || reuse), nats */
+    double top1;        /* share of tokens that exact KV would have given too */
+} kvl_host_audit;
+
+/* A host at a glance: what its last work has left. */
+typedef struct kvl_host_figures {
+    uint64_t n_healed, n_heals_waiting, n_audited;
+    uint32_t n_anchors;
+    uint64_t anchor_bytes;
+    kvl_host_audit audits[KVL_HOST_ACTIONS_MAX]; /* [n_audits] */
+    uint32_t n_audits;
+    struct {
+        char name[64]; /* cut where it is longer */
+        bool is_up;
+    } peers[KVL_HOST_PEERS_SHOWN]; /* [n_peers] */
+    uint32_t n_peers;
+} kvl_host_figures;
+
+/* Any thread. */
+void kvl_host_figures_read(kvl_host *host, kvl_host_figures *figures);
+
 /* Does tasks until a client's stop task or kvl_host_stop. */
 void kvl_host_run(kvl_host *host);
 /* Ends kvl_host_run after the task that runs. Any thread. */

@@ -12,6 +12,8 @@ void host_show(kvl_host *host)
 {
     const heal_queue *heals = &host->heals;
     const quality_book *book = &host->quality;
+    kvl_anchor_stats anchors = {0};
+    kvl_anchor_pool_stats(host->anchors, &anchors);
     (void)pthread_mutex_lock(&host->seen.lock);
     host_seen *seen = &host->seen;
     seen->n_waiting = heals->n;
@@ -26,6 +28,8 @@ void host_show(kvl_host *host)
     seen->n_healed_first = book->n_healed_first;
     seen->n_audits = book->n_audits;
     seen->n_audits_skipped = book->n_audits_skipped;
+    seen->n_anchors = anchors.n_anchors;
+    seen->anchor_bytes = anchors.bytes;
     seen->n_rows = quality_rows(book, seen->rows);
     (void)pthread_mutex_unlock(&host->seen.lock);
 }
@@ -102,4 +106,44 @@ char *kvl_host_metrics_text(kvl_host *host)
     char *copy = kvl_strdup(bytes);
     free(bytes); /* tidy: free, open_memstream allocated it */
     return copy;
+}
+
+/* Means over all keys, weighted by their audits. */
+static void sum_audits(const host_seen *seen, kvl_host_figures *figures)
+{
+    _Static_assert(KVL_ACTIONS <= KVL_HOST_ACTIONS_MAX, "an action has no place");
+    for (uint32_t action = 0; action < KVL_ACTIONS; action++) {
+        kvl_host_audit sum = {.action = kvl_action_name((kvl_action)action)};
+        for (uint32_t i = 0; i < seen->n_rows; i++) {
+            const quality_row *row = &seen->rows[i];
+            if (row->action != action || row->n_audited == 0) continue;
+            sum.n += row->n_audited;
+            sum.kl += (double)row->n_audited * row->kl;
+            sum.top1 += (double)row->n_audited * row->top1;
+        }
+        if (sum.n == 0) continue;
+        sum.kl /= (double)sum.n;
+        sum.top1 /= (double)sum.n;
+        figures->audits[figures->n_audits++] = sum;
+    }
+}
+
+void kvl_host_figures_read(kvl_host *host, kvl_host_figures *figures)
+{
+    *figures = (kvl_host_figures){.n_audits = 0};
+    (void)pthread_mutex_lock(&host->seen.lock);
+    const host_seen *seen = &host->seen;
+    figures->n_healed = seen->n_healed;
+    figures->n_heals_waiting = seen->n_waiting;
+    figures->n_audited = seen->n_audits;
+    figures->n_anchors = seen->n_anchors;
+    figures->anchor_bytes = seen->anchor_bytes;
+    sum_audits(seen, figures);
+    (void)pthread_mutex_unlock(&host->seen.lock);
+    for (uint32_t i = 0; i < host->n_peers && i < KVL_HOST_PEERS_SHOWN; i++) {
+        const char *name = host->peer_names[i];
+        (void)snprintf(figures->peers[i].name, sizeof figures->peers[i].name, "%s", name);
+        figures->peers[i].is_up = kvl_exchange_peer_is_up(host->exchange, name);
+        figures->n_peers++;
+    }
 }

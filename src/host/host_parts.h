@@ -51,6 +51,8 @@ typedef struct host_seen {
     uint64_t n_moved;
     uint64_t n_waiting, n_healed, n_dropped, n_failed, n_tokens, n_differed;
     uint64_t n_gated, n_healed_first, n_audits, n_audits_skipped;
+    uint32_t n_anchors;
+    uint64_t anchor_bytes;
     uint32_t n_rows;
     quality_row rows[QUALITY_KEYS_MAX * KVL_ACTIONS];
 } host_seen;
@@ -111,6 +113,8 @@ struct kvl_host {
     host_reads reads;
     quality_book quality;
     host_seen seen;
+    char peer_names[KVL_PEERS_MAX][KVL_SLOT_NAME_MAX]; /* [n_peers], for other threads: as made */
+    uint32_t n_peers;
     int64_t left_ns; /* when work between two steps of the service was last over */
     bool stopping;
     _Atomic bool is_closed; /* kvl_host_stop: what waits is not healed any more */

@@ -11,9 +11,10 @@
 /* Beside the requests that may wait in the scheduler: a burst while one step runs. */
 enum { COMMANDS_MAX = 1024 };
 
-/* A stream to start; or NULL, to be woken only. */
+/* A stream to start, or a look to answer; NULL, both: to be woken only. */
 typedef struct command {
     kvl_stream *stream;
+    service_look *look;
 } command;
 
 struct kvl_service {
@@ -67,6 +68,7 @@ static void drop_commands(kvl_service *service)
 {
     for (command *c = kvl_queue_try_pop(service->commands); c != NULL;
          c = kvl_queue_try_pop(service->commands)) {
+        if (c->look != NULL) service_look_answer(c->look, NULL);
         if (c->stream != NULL) {
             c->stream->next = service->streams;
             service->streams = c->stream;
@@ -157,6 +159,7 @@ static void start_stream(kvl_service *service, kvl_stream *stream)
 static void do_command(kvl_service *service, command *c)
 {
     if (c->stream != NULL) start_stream(service, c->stream);
+    if (c->look != NULL) service_look_answer(c->look, service->engine->tree);
     kvl_free(c);
 }
 
@@ -212,11 +215,11 @@ void kvl_service_stop(kvl_service *service)
     kvl_queue_close(service->commands);
 }
 
-static kvl_status push(kvl_service *service, kvl_stream *stream)
+static kvl_status push(kvl_service *service, kvl_stream *stream, service_look *look)
 {
     command *c = kvl_alloc(sizeof *c);
     if (c == NULL) return KVL_ERR_NO_MEMORY;
-    *c = (command){stream};
+    *c = (command){stream, look};
     const kvl_status status = kvl_queue_push(service->commands, c);
     if (status != KVL_OK) kvl_free(c);
     return status;
@@ -250,19 +253,31 @@ bool kvl_service_fills(const kvl_service *service)
 void kvl_service_wake(kvl_service *service)
 {
     /* A full queue wakes the engine thread anyway; a closed one has nobody to wake. */
-    kvl_ignore(push(service, NULL));
+    kvl_ignore(push(service, NULL, NULL));
 }
 
 kvl_status kvl_service_start(kvl_service *service, const kvl_generation *generation,
                              kvl_stream **stream, kvl_error *error)
 {
     KVL_TRY(kvl_stream_create(generation, stream, error));
-    const kvl_status status = push(service, *stream);
+    const kvl_status status = push(service, *stream, NULL);
     if (status == KVL_OK) return KVL_OK;
     kvl_stream_release(*stream);
     kvl_stream_close(*stream);
     *stream = NULL;
     return KVL_FAIL(error, status, "the server has no room for another request; try again later");
+}
+
+kvl_status kvl_service_look(kvl_service *service, uint64_t salt, uint32_t timeout_ms,
+                            kvl_prefix_view *view)
+{
+    service_look *look = service_look_create(salt);
+    if (look == NULL) return KVL_ERR_NO_MEMORY;
+    const kvl_status status = push(service, NULL, look);
+    if (status == KVL_OK) return service_look_wait(look, timeout_ms, view);
+    service_look_release(look);
+    service_look_release(look);
+    return status;
 }
 
 void kvl_service_state_read(kvl_service *service, kvl_service_state *state)

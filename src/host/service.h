@@ -8,6 +8,7 @@
 #ifndef KVL_HOST_SERVICE_H
 #define KVL_HOST_SERVICE_H
 
+#include "cache/prefix_tree.h"
 #include "host/scheduler.h"
 
 typedef struct kvl_service kvl_service;
@@ -98,6 +99,13 @@ typedef struct kvl_service_state {
     int64_t last_step_ns; /* monotonic: when the engine thread last got on */
     bool is_running;
 } kvl_service_state;
+
+/* What the engine's prefix tree has of a salt (kvl_prefix_tree_look), as the engine thread sees it
+ * between two steps.
+ * Errors   KVL_ERR_TIMEOUT (it did not come to it in time), KVL_ERR_BUSY, KVL_ERR_CANCELLED
+ *          (stopping), KVL_ERR_NO_MEMORY */
+KVL_MUST_USE kvl_status kvl_service_look(kvl_service *service, uint64_t salt, uint32_t timeout_ms,
+                                         kvl_prefix_view *view);
 
 void kvl_service_state_read(kvl_service *service, kvl_service_state *state);
 

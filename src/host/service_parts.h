@@ -38,4 +38,24 @@ void kvl_stream_put(kvl_stream *stream, const kvl_generation_event *event);
 /* Its reader has closed it, or would find no more in it, since memory was short. */
 bool kvl_stream_is_unread(kvl_stream *stream);
 
+/* ---- look.c ---- */
+
+/* A question about the prefix tree. Two hold it: who asks, and the queue until it is answered. */
+typedef struct service_look service_look;
+
+/* NULL without memory. */
+service_look *service_look_create(uint64_t salt);
+/* The engine thread's: answers, tree NULL: with KVL_ERR_CANCELLED; and lets go of it. */
+void service_look_answer(service_look *look, const kvl_prefix_tree *tree);
+/* Who asks waits, has what was answered, or KVL_ERR_TIMEOUT, and lets go of it. */
+KVL_MUST_USE kvl_status service_look_wait(service_look *look, uint32_t timeout_ms,
+                                          kvl_prefix_view *view);
+void service_look_release(service_look *look);
+
+/* ---- stream.c ---- */
+
+/* A condition whose waits end by the monotonic clock, and when a wait that begins now ends. */
+void service_cond_init(pthread_cond_t *cond);
+struct timespec service_deadline(uint32_t timeout_ms);
+
 #endif /* KVL_HOST_SERVICE_PARTS_H */

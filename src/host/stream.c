@@ -45,11 +45,7 @@ kvl_status kvl_stream_create(const kvl_generation *asked, kvl_stream **stream, k
     *stream = NULL;
     kvl_stream *made = kvl_alloc_zero(1, sizeof *made);
     if (made == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for a stream");
-    pthread_condattr_t attributes;
-    (void)pthread_condattr_init(&attributes);
-    (void)pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-    (void)pthread_cond_init(&made->filled, &attributes);
-    (void)pthread_condattr_destroy(&attributes);
+    service_cond_init(&made->filled);
     (void)pthread_mutex_init(&made->lock, NULL);
     made->n_holders = 2;
     made->asked = *asked;
@@ -121,7 +117,16 @@ void kvl_stream_put(kvl_stream *stream, const kvl_generation_event *event)
     stream->has_ended = stream->has_ended || event->is_last;
 }
 
-static struct timespec deadline_in(uint32_t timeout_ms)
+void service_cond_init(pthread_cond_t *cond)
+{
+    pthread_condattr_t attributes;
+    (void)pthread_condattr_init(&attributes);
+    (void)pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    (void)pthread_cond_init(cond, &attributes);
+    (void)pthread_condattr_destroy(&attributes);
+}
+
+struct timespec service_deadline(uint32_t timeout_ms)
 {
     const int64_t at = kvl_clock_now(kvl_clock_system()) + timeout_ms * KVL_NS_PER_MS;
     return (struct timespec){.tv_sec = at / KVL_NS_PER_S, .tv_nsec = at % KVL_NS_PER_S};
@@ -129,7 +134,7 @@ static struct timespec deadline_in(uint32_t timeout_ms)
 
 bool kvl_stream_next(kvl_stream *stream, uint32_t timeout_ms, kvl_stream_item **item)
 {
-    const struct timespec deadline = deadline_in(timeout_ms);
+    const struct timespec deadline = service_deadline(timeout_ms);
     pthread_mutex_lock(&stream->lock);
     int waited = 0;
     while (stream->first == NULL && !stream->is_over && waited == 0)

@@ -4,12 +4,13 @@
  *   GET  /v1/models, /v1/models/NAME
  *   /v1/files, /v1/batches    with a folder for them: OpenAI's files and batches
  *   GET  /health   200 while the process lives      GET /ready    200 while the engine gets on
+ *   GET  /         a page that shows GET /dashboard/data
  *   GET  /version                                   GET /metrics  Prometheus text 0.0.4
  * Errors have OpenAI's shape and name the field. What a request asks for and this server cannot do
  * is 400 and never left out in silence. docs/http-api.md has every field.
  * Access   a UNIX socket or a loopback address; any other address needs API keys. With keys every
- *          route but /health and /ready wants one, and each key's tenant has a prefix tree of its
- *          own: nothing of one tenant is found, or timed, by another.
+ *          route but /, /health and /ready wants one, and each key's tenant has a prefix tree of
+ *          its own: nothing of one tenant is found, or timed, by another.
  * Threads  one a connection, at most KVL_HTTP_CONNECTIONS_MAX, which parse, wait and write; the
  *          engine thread is the service's. */
 #ifndef KVL_HTTP_HTTP_H

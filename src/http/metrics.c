@@ -25,6 +25,8 @@ static const char *const route_names[] = {
     [KVL_ROUTE_METRICS] = "metrics",
     [KVL_ROUTE_FILES] = "files",
     [KVL_ROUTE_BATCHES] = "batches",
+    [KVL_ROUTE_DASHBOARD] = "dashboard",
+    [KVL_ROUTE_DASHBOARD_DATA] = "dashboard_data",
     [KVL_ROUTE_NONE] = "none",
 };
 
@@ -51,6 +53,9 @@ void kvl_http_observe(kvl_http *http, const kvl_api_request *request, const kvl_
     if (answer->first_token_ns != 0)
         observe(&http->ttft,
                 (double)(answer->first_token_ns - request->start_ns) / (double)KVL_NS_PER_S);
+    http->n_placed += answer->reuse.n_placed;
+    http->n_recomputed += answer->reuse.n_recomputed;
+    http->n_corrected += answer->reuse.n_corrected;
     observe(&http->total, (double)(now - request->start_ns) / (double)KVL_NS_PER_S);
     pthread_mutex_unlock(&http->lock);
 }
@@ -148,6 +153,11 @@ char *kvl_http_metrics_text(kvl_http *http)
     print_scheduler(out, &state);
     pthread_mutex_lock(&http->lock);
     print_requests(out, http);
+    print_number(out, "placed_tokens_total", "counter",
+                 "Prompt tokens of answers that stood elsewhere and were placed.",
+                 (double)http->n_placed);
+    print_number(out, "recomputed_tokens_total", "counter", "Of these, computed again.",
+                 (double)http->n_recomputed);
     print_histogram(out, "ttft_seconds", "From a request to its first token.", &http->ttft);
     print_histogram(out, "request_seconds", "From a request to its last token.", &http->total);
     pthread_mutex_unlock(&http->lock);

@@ -33,6 +33,8 @@ static const struct {
     {"/ready", "GET", KVL_ROUTE_READY, true},
     {"/version", "GET", KVL_ROUTE_VERSION, false},
     {"/metrics", "GET", KVL_ROUTE_METRICS, false},
+    {"/", "GET", KVL_ROUTE_DASHBOARD, true},
+    {"/dashboard/data", "GET", KVL_ROUTE_DASHBOARD_DATA, false},
     {"/v1/files", NULL, KVL_ROUTE_FILES, false},
     {"/v1/batches", NULL, KVL_ROUTE_BATCHES, false},
 };
@@ -52,15 +54,17 @@ static const char models_prefix[] = "/v1/models/";
 
 /* ---- replies ---- */
 
-static enum MHD_Result reply_bytes(kvl_http *http, struct MHD_Connection *connection,
-                                   kvl_http_route route, unsigned status, const char *type,
-                                   const char *bytes, size_t n_bytes)
+enum MHD_Result kvl_http_reply_bytes(kvl_http *http, struct MHD_Connection *connection,
+                                     kvl_http_route route, unsigned status, const char *type,
+                                     const char *const *headers, const char *bytes, size_t n_bytes)
 {
     struct MHD_Response *response =
         MHD_create_response_from_buffer(n_bytes, (void *)(uintptr_t)bytes, MHD_RESPMEM_MUST_COPY);
     if (response == NULL) return MHD_NO;
     (void)MHD_add_response_header(response, "Content-Type", type);
     (void)MHD_add_response_header(response, "Cache-Control", "no-store");
+    for (; headers != NULL && *headers != NULL; headers += 2)
+        (void)MHD_add_response_header(response, headers[0], headers[1]);
     if (status == MHD_HTTP_TOO_MANY_REQUESTS || status == MHD_HTTP_SERVICE_UNAVAILABLE)
         (void)MHD_add_response_header(response, "Retry-After", "1");
     if (status == MHD_HTTP_UNAUTHORIZED)
@@ -97,8 +101,8 @@ enum MHD_Result kvl_http_reply(kvl_http *http, struct MHD_Connection *connection
     dumped to = {0};
     enum MHD_Result result = MHD_NO;
     if (json_dump_callback(body, dump_more, &to, JSON_COMPACT) == 0)
-        result =
-            reply_bytes(http, connection, route, status, "application/json", to.bytes, to.n_bytes);
+        result = kvl_http_reply_bytes(http, connection, route, status, "application/json", NULL,
+                                      to.bytes, to.n_bytes);
     json_decref(body);
     kvl_free(to.bytes);
     return result;
@@ -151,8 +155,8 @@ static enum MHD_Result reply_metrics(kvl_http *http, struct MHD_Connection *conn
     char *text = kvl_http_metrics_text(http);
     if (text == NULL) return MHD_NO;
     const enum MHD_Result result =
-        reply_bytes(http, connection, KVL_ROUTE_METRICS, MHD_HTTP_OK,
-                    "text/plain; version=0.0.4; charset=utf-8", text, strlen(text));
+        kvl_http_reply_bytes(http, connection, KVL_ROUTE_METRICS, MHD_HTTP_OK,
+                             "text/plain; version=0.0.4; charset=utf-8", NULL, text, strlen(text));
     kvl_free(text);
     return result;
 }
@@ -206,6 +210,9 @@ static enum MHD_Result reply_route(kvl_http *http, struct MHD_Connection *connec
         return kvl_http_reply(http, connection, route, MHD_HTTP_OK,
                               json_pack("{s:s}", "version", KVL_VERSION));
     case KVL_ROUTE_METRICS: return reply_metrics(http, connection);
+    case KVL_ROUTE_DASHBOARD: return kvl_http_answer_dashboard(http, connection);
+    case KVL_ROUTE_DASHBOARD_DATA:
+        return kvl_http_answer_dashboard_data(http, connection, body->tenant);
     case KVL_ROUTE_NONE: break;
     }
     return reply_refusal(http, connection, KVL_ROUTE_NONE, MHD_HTTP_NOT_FOUND, NULL,
@@ -311,6 +318,7 @@ static void end_request(void *context, struct MHD_Connection *connection, void *
 
 static void end(kvl_http *http)
 {
+    kvl_http_sampler_stop(http->sampler);
     if (http->listener >= 0) (void)close(http->listener);
     if (http->unix_path[0] != '\0') (void)unlink(http->unix_path);
     kvl_http_batches_close(http->batches);
@@ -342,6 +350,7 @@ static kvl_status start(kvl_http *http, const kvl_http_options *options, kvl_err
         KVL_TRY(kvl_http_batches_open(http->files, http->service, http->keys, http->model_name,
                                       &http->batches, error));
     }
+    KVL_TRY(kvl_http_sampler_start(http, error));
     static const char priorities[] = "NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2";
     const struct MHD_OptionItem tls[] = {
         {MHD_OPTION_HTTPS_MEM_CERT, 0, http->certificate},

@@ -4,6 +4,7 @@
 
 #include "http/api.h"
 #include "http/batches.h"
+#include "http/dashboard.h"
 #include "http/http.h"
 #include "http/keys.h"
 
@@ -30,6 +31,8 @@ typedef enum kvl_http_route {
     KVL_ROUTE_METRICS,
     KVL_ROUTE_FILES,
     KVL_ROUTE_BATCHES,
+    KVL_ROUTE_DASHBOARD,      /* the page */
+    KVL_ROUTE_DASHBOARD_DATA, /* what it shows */
     KVL_ROUTE_NONE,
 } kvl_http_route;
 
@@ -51,6 +54,8 @@ struct kvl_http {
     pthread_mutex_t lock;                       /* of what follows */
     uint64_t n_answered[KVL_ROUTE_NONE + 1][6]; /* by hundreds of the status code */
     kvl_http_histogram ttft, total;
+    uint64_t n_placed, n_recomputed, n_corrected; /* tokens, of kvl_reuse_report */
+    kvl_http_sampler *sampler;
 };
 
 /* ---- listen.c ---- */
@@ -103,6 +108,27 @@ KVL_MUST_USE enum MHD_Result kvl_http_reply(kvl_http *http, struct MHD_Connectio
                                             kvl_http_route route, unsigned status, json_t *body);
 KVL_MUST_USE enum MHD_Result kvl_http_reply_error(kvl_http *http, struct MHD_Connection *connection,
                                                   kvl_http_route route, const kvl_api_error *error);
+
+/* Queues bytes, which it copies. headers: pairs of name and value, ended by NULL; or NULL */
+KVL_MUST_USE enum MHD_Result kvl_http_reply_bytes(kvl_http *http, struct MHD_Connection *connection,
+                                                  kvl_http_route route, unsigned status,
+                                                  const char *type, const char *const *headers,
+                                                  const char *bytes, size_t n_bytes);
+
+/* ---- dashboard_routes.c ---- */
+
+/* Begins to take a sample every KVL_DASHBOARD_PERIOD_S, until it is ended.
+ * Errors   KVL_ERR_NO_MEMORY, KVL_ERR_IO (no thread) */
+KVL_MUST_USE kvl_status kvl_http_sampler_start(kvl_http *http, kvl_error *error);
+/* NULL does nothing. */
+void kvl_http_sampler_stop(kvl_http_sampler *sampler);
+
+KVL_MUST_USE enum MHD_Result kvl_http_answer_dashboard(kvl_http *http,
+                                                       struct MHD_Connection *connection);
+/* Texts are those of `tenant` alone. */
+KVL_MUST_USE enum MHD_Result kvl_http_answer_dashboard_data(kvl_http *http,
+                                                            struct MHD_Connection *connection,
+                                                            const char *tenant);
 
 /* ---- metrics.c ---- */
 
