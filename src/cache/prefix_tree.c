@@ -381,7 +381,8 @@ static uint32_t index_of(const node *const *taken, uint32_t n, const node *wante
 static kvl_prefix_node look_at(const kvl_prefix_tree *tree, const node *item)
 {
     kvl_prefix_node seen = {.n_pages = item->n_steps, .n_children = item->n_children};
-    seen.n_holders = kvl_page_pool_references(tree->pool, item->steps[0].page) - 1;
+    seen.page = item->steps[0].page;
+    seen.n_holders = kvl_page_pool_references(tree->pool, seen.page) - 1;
     memcpy(seen.ids, item->steps[0].ids, sizeof seen.ids);
     return seen;
 }

@@ -62,6 +62,7 @@ void kvl_prefix_tree_watch(kvl_prefix_tree *tree, const kvl_prefix_tree_watcher 
 typedef struct kvl_prefix_node {
     uint32_t parent; /* its place among those of the view, before this one; or ..._VIEW_FIRST */
     uint32_t n_pages, n_children;
+    uint32_t page;                 /* the first of its pages */
     uint32_t n_holders;            /* of its first page, beside the tree */
     uint32_t ids[KVL_PAGE_TOKENS]; /* of its first page */
 } kvl_prefix_node;

@@ -10,7 +10,7 @@ static const char head[] =
     "<html lang=\"en\"><head><meta charset=\"utf-8\">\n"
     "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
     "<title>KVLoom</title><link rel=\"icon\" href=\"data:,\">\n"
-    "<style>\n";
+    "<style>";
 
 static const char style[] =
     ":root{color-scheme:light dark;--bg:#fbfbfa;--fg:#1d1f21;--dim:#676b70;--line:#d9dbdd"
@@ -92,7 +92,7 @@ static const char middle[] =
     "<ul id=\"peers\"></ul>\n"
     "</section>\n"
     "</main>\n"
-    "<script>\n";
+    "<script>";
 
 static const char script[] =
     "'use strict';\n"

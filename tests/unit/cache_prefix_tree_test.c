@@ -309,58 +309,52 @@ static size_t n_alive_of(const model *m, uint64_t salt)
     return n;
 }
 
-/* Letters of the first pages on the way to node i, at their depth, 0 elsewhere; the way's pages
- * up to the first of the node. */
-static uint32_t way_to(const kvl_prefix_view *view, uint32_t i, uint8_t letters[DEPTH_MAX])
+/* The prefix that ends with a page of the tree: no other one has the page. */
+static const entry *entry_of_page(const model *m, uint32_t page)
 {
-    uint32_t above = 0;
-    const uint32_t parent = view->nodes[i].parent;
-    if (parent != KVL_PREFIX_VIEW_FIRST) {
-        assert_true(parent < i);
-        above = way_to(view, parent, letters) - 1 + view->nodes[parent].n_pages;
-    }
-    assert_true(above < DEPTH_MAX);
-    letters[above] = (uint8_t)view->nodes[i].ids[KVL_PAGE_TOKENS - 1];
-    return above + 1;
+    for (size_t i = 0; i < m->n_entries; i++)
+        if (m->entries[i].alive && m->entries[i].page == page) return &m->entries[i];
+    fail_msg("page %u is not of the model", page);
+    return NULL;
 }
 
-/* The prefix of the model that ends with the node's first page: of its length and letters, with as
- * many holds of its page. Each is found once. */
-static void find_entry(const model *m, uint64_t salt, const kvl_prefix_view *view, uint32_t node,
-                       bool *is_found)
+/* A node's first page is that of a prefix of the model: behind all pages of the node above it,
+ * with as many holds. */
+static void check_node(const model *m, uint64_t salt, const kvl_prefix_view *view, uint32_t at)
 {
-    uint8_t letters[DEPTH_MAX] = {0};
-    const uint32_t n = way_to(view, node, letters);
-    for (size_t i = 0; i < m->n_entries; i++) {
-        const entry *e = &m->entries[i];
-        uint32_t n_holders = 0;
-        bool is_same = e->alive && e->salt == salt && e->n_letters == n && !is_found[i];
-        for (uint32_t l = 0; is_same && l < n; l++)
-            is_same = letters[l] == 0 || letters[l] == e->letters[l];
-        for (size_t h = 0; h < m->n_holds; h++)
-            for (size_t p = 0; p < m->holds[h].n_pages; p++)
-                n_holders += m->holds[h].pages[p] == e->page;
-        if (!is_same || n_holders != view->nodes[node].n_holders) continue;
-        is_found[i] = true;
-        return;
+    const kvl_prefix_node *node = &view->nodes[at];
+    const entry *e = entry_of_page(m, node->page);
+    uint32_t n_above = 0;
+    uint32_t n_holders = 0;
+    if (node->parent != KVL_PREFIX_VIEW_FIRST) {
+        assert_true(node->parent < at);
+        const kvl_prefix_node *parent = &view->nodes[node->parent];
+        const entry *above = entry_of_page(m, parent->page);
+        n_above = above->n_letters - 1 + parent->n_pages;
+        assert_memory_equal(above->letters, e->letters, above->n_letters);
     }
-    fail_msg("node %u is no prefix of the model", node);
+    for (size_t h = 0; h < m->n_holds; h++)
+        for (size_t p = 0; p < m->holds[h].n_pages; p++)
+            n_holders += m->holds[h].pages[p] == e->page;
+    assert_int_equal(e->salt, salt);
+    assert_int_equal(e->n_letters, n_above + 1);
+    assert_int_equal(node->ids[KVL_PAGE_TOKENS - 1], e->letters[n_above]);
+    assert_int_equal(node->n_holders, n_holders);
+    for (uint32_t i = 0; i < at; i++) assert_true(view->nodes[i].page != node->page);
 }
 
 static void check_view(const model *m, uint32_t n_max)
 {
     for (uint64_t salt = 0; salt < N_SALTS + 1; salt++) {
         kvl_prefix_view view;
-        static bool is_found[ENTRIES_MAX];
         uint32_t n_children[KVL_PREFIX_VIEW_NODES] = {0};
         uint32_t n_pages = 0;
-        memset(is_found, 0, sizeof is_found);
         kvl_prefix_tree_look(m->tree, salt, n_max, &view);
         assert_int_equal(view.n_nodes, view.own_nodes < n_max ? view.own_nodes : n_max);
         for (uint32_t i = 0; i < view.n_nodes; i++) {
             n_pages += view.nodes[i].n_pages;
             if (view.nodes[i].parent != KVL_PREFIX_VIEW_FIRST) n_children[view.nodes[i].parent]++;
-            find_entry(m, salt, &view, i, is_found);
+            check_node(m, salt, &view, i);
         }
         assert_int_equal(view.own_pages, n_alive_of(m, salt));
         assert_int_equal(view.own_pages + view.other_pages, kvl_prefix_tree_n_pages(m->tree));

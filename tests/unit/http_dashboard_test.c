@@ -1,5 +1,5 @@
 /* http/dashboard: rings keep what they may, curves are those of a naive twin, hostile texts stay
- * texts, every allocation may fail; and a look at the tree of a service that runs, or does not. */
+ * texts, memory may fail; and a look at the tree of a service that runs, or does not. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include <cmocka.h>
+#include <math.h>
 #include <pthread.h>
 
 #include "base/alloc.h"
@@ -31,6 +32,11 @@ static int close_engine(void **state)
     (void)state;
     kvl_engine_destroy(engine);
     return 0;
+}
+
+static void assert_near(double a, double b)
+{
+    assert_true(fabs(a - b) <= 1e-6 * (1.0 + fabs(b)));
 }
 
 static double at(const json_t *curves, const char *name, size_t i)
@@ -59,17 +65,16 @@ static void check_curves(const kvl_dashboard_ring *ring, const kvl_dashboard_sam
         const double s = (double)(b->at_ns - a->at_ns) / 1e9;
         const uint64_t n_first = b->n_first_tokens - a->n_first_tokens;
         const json_t *ttft = json_array_get(json_object_get(curves, "ttft_s"), i);
-        assert_float_equal(at(curves, "age_s", i), (double)(now_ns - b->at_ns) / 1e9, 1e-6);
-        assert_float_equal(at(curves, "tokens_per_s", i) * s,
-                           (double)(b->n_answer_tokens - a->n_answer_tokens), 1e-6);
-        assert_float_equal(at(curves, "prompt_tokens_per_s", i) * s,
-                           (double)(b->n_prompt_tokens - a->n_prompt_tokens), 1e-6);
+        assert_near(at(curves, "age_s", i), (double)(now_ns - b->at_ns) / 1e9);
+        assert_near(at(curves, "tokens_per_s", i) * s,
+                    (double)(b->n_answer_tokens - a->n_answer_tokens));
+        assert_near(at(curves, "prompt_tokens_per_s", i) * s,
+                    (double)(b->n_prompt_tokens - a->n_prompt_tokens));
         assert_int_equal((int64_t)at(curves, "running", i), b->n_running);
         assert_int_equal((int64_t)at(curves, "waiting", i), b->n_waiting);
         assert_int_equal(json_is_null(ttft), n_first == 0);
         if (n_first > 0)
-            assert_float_equal(json_real_value(ttft) * (double)n_first, b->ttft_s - a->ttft_s,
-                               1e-6);
+            assert_near(json_real_value(ttft) * (double)n_first, b->ttft_s - a->ttft_s);
     }
     json_decref(curves);
 }
@@ -210,14 +215,12 @@ static void *run_service(void *service)
     return NULL;
 }
 
-static void test_a_look_comes_or_says_why_not(void **state)
+static void look_at_a_service(void)
 {
-    (void)state;
     kvl_error error;
     kvl_service *service = NULL;
     pthread_t thread;
     kvl_prefix_view view;
-    const int64_t live = kvl_alloc_live();
     assert_int_equal(
         kvl_service_create(engine, &(kvl_scheduler_options){.n_running_max = 2}, &service, &error),
         KVL_OK);
@@ -226,8 +229,12 @@ static void test_a_look_comes_or_says_why_not(void **state)
     assert_int_equal(pthread_create(&thread, NULL, run_service, service), 0);
     uint32_t ids[40];
     for (uint32_t i = 0; i < 40; i++) ids[i] = 5 + i;
-    const kvl_generation asked = {
-        .ids = ids, .n_ids = 40, .salt = 1, .max_tokens = 2, .n_branches = 1};
+    const kvl_generation asked = {.ids = ids,
+                                  .n_ids = 40,
+                                  .sampling = kvl_sampling_default(),
+                                  .salt = 1,
+                                  .max_tokens = 2,
+                                  .n_branches = 1};
     kvl_stream *stream = NULL;
     assert_int_equal(kvl_service_start(service, &asked, &stream, &error), KVL_OK);
     kvl_stream_item *item;
@@ -252,7 +259,35 @@ static void test_a_look_comes_or_says_why_not(void **state)
     assert_int_equal(kvl_service_look(service, 1, 5000, &view), KVL_ERR_CANCELLED);
     kvl_service_destroy(service);
     (void)kvl_prefix_tree_evict(engine->tree, UINT32_MAX);
+}
+
+/* The second time the engine has what it makes when it is first used. */
+static void test_a_look_comes_or_says_why_not(void **state)
+{
+    (void)state;
+    look_at_a_service();
+    const int64_t live = kvl_alloc_live();
+    look_at_a_service();
     assert_int_equal(kvl_alloc_live(), live);
+}
+
+/* Without memory there is no answer, and nothing is left behind. Jansson's memory is not ours. */
+static void test_a_dump_may_find_no_memory(void **state)
+{
+    (void)state;
+    json_t *value = json_pack("[s, s]", "<a>", "b & c");
+    size_t n = 0;
+    const int64_t live = kvl_alloc_live();
+    kvl_alloc_fail_after(0);
+    assert_null(kvl_dashboard_dump(value, &n));
+    kvl_alloc_fail_after(-1);
+    assert_int_equal(kvl_alloc_live(), live);
+    char *bytes = kvl_dashboard_dump(value, &n);
+    const char *wanted = "[\"\\u003ca\\u003e\",\"b \\u0026 c\"]";
+    assert_int_equal(n, strlen(wanted));
+    assert_memory_equal(bytes, wanted, n);
+    kvl_free(bytes);
+    json_decref(value);
 }
 
 int main(void)
@@ -263,6 +298,7 @@ int main(void)
         cmocka_unit_test(test_hostile_texts_stay_texts),
         cmocka_unit_test(test_any_ids_are_text),
         cmocka_unit_test(test_hosts_have_audits_and_peers),
+        cmocka_unit_test(test_a_dump_may_find_no_memory),
         cmocka_unit_test(test_a_look_comes_or_says_why_not),
     };
     return cmocka_run_group_tests(tests, open_engine, close_engine);
