@@ -14,6 +14,7 @@
 
 #include "base/alloc.h"
 #include "base/file.h"
+#include "host/host_parts.h"
 #include "host/quality.h"
 #include "reuse/planner.h"
 #include "test_random.h"
@@ -160,6 +161,49 @@ static void test_audits_are_drawn_by_share(void **state)
     }
 }
 
+/* What other threads see of audits is by action, each key by how often it was audited. */
+static void test_figures_are_means_over_keys(void **state)
+{
+    (void)state;
+    kvl_random random = kvl_test_random();
+    kvl_host *host = kvl_alloc_zero(1, sizeof *host);
+    assert_non_null(host);
+    (void)pthread_mutex_init(&host->seen.lock, NULL);
+    for (int round = 0; round < 50; round++) {
+        double n[KVL_ACTIONS] = {0};
+        double kl[KVL_ACTIONS] = {0};
+        double top1[KVL_ACTIONS] = {0};
+        host->seen.n_anchors = kvl_test_below(&random, 100);
+        host->seen.n_rows = kvl_test_below(&random, QUALITY_KEYS_MAX * KVL_ACTIONS + 1);
+        for (uint32_t i = 0; i < host->seen.n_rows; i++) {
+            quality_row *row = &host->seen.rows[i];
+            *row = (quality_row){.action = kvl_test_below(&random, KVL_ACTIONS),
+                                 .n_audited = kvl_test_below(&random, 9),
+                                 .kl = kvl_test_below(&random, 1000) / 100.0,
+                                 .top1 = kvl_test_below(&random, 1000) / 1000.0};
+            n[row->action] += (double)row->n_audited;
+            kl[row->action] += (double)row->n_audited * row->kl;
+            top1[row->action] += (double)row->n_audited * row->top1;
+        }
+        kvl_host_figures figures;
+        kvl_host_figures_read(host, &figures);
+        uint32_t at = 0;
+        for (uint32_t action = 0; action < KVL_ACTIONS; action++) {
+            if (n[action] == 0.0) continue;
+            const kvl_host_audit *audit = &figures.audits[at++];
+            assert_string_equal(audit->action, kvl_action_name((kvl_action)action));
+            assert_int_equal(audit->n, (uint64_t)n[action]);
+            assert_true(fabs(audit->kl - kl[action] / n[action]) < 1e-9);
+            assert_true(fabs(audit->top1 - top1[action] / n[action]) < 1e-9);
+        }
+        assert_int_equal(figures.n_audits, at);
+        assert_int_equal(figures.n_anchors, host->seen.n_anchors);
+        assert_int_equal(figures.n_peers, 0);
+    }
+    (void)pthread_mutex_destroy(&host->seen.lock);
+    kvl_free(host);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -167,6 +211,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_another_model_or_a_damaged_file_begins_anew, setup,
                                         teardown),
         cmocka_unit_test_setup_teardown(test_keys_are_bounded_and_harmless, setup, teardown),
+        cmocka_unit_test(test_figures_are_means_over_keys),
         cmocka_unit_test_setup_teardown(test_audits_are_drawn_by_share, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
