@@ -54,7 +54,7 @@ static int setup_qwen2(void **state)
 static int setup_real(void **state)
 {
     static fixture f;
-    f = (fixture){.random = kvl_test_random(), .n_rounds = 3};
+    f = (fixture){.random = kvl_test_random(), .n_rounds = 2};
     const kvl_engine_options options = {
         .model_path = getenv("KVLOOM_TEST_MODEL"), .n_threads = 2, .n_pages = N_PAGES};
     kvl_error error = {0};
