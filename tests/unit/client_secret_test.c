@@ -18,7 +18,8 @@
 
 #include <cmocka.h>
 
-enum { SAMPLES = 1500, TRIES = 3, TOKENS_S1 = 2048, TOKENS = 64 };
+enum { SAMPLES = 1500, TRIES = 3, TEXTS = 16, TOKENS_S1 = 2048, TOKENS = 64 };
+static const double LEAST_P = 1e-4;
 
 static double now_us(void)
 {
@@ -46,8 +47,10 @@ static double time_question(kvloom_client *client, question q, uint32_t number)
     return time;
 }
 
-/* The two are asked for in an order by chance, so that whatever else goes on meets both alike. */
-static double compare_times(kvloom_client *client, question q, uint32_t one, uint32_t other)
+/* Texts that the owner has, of even numbers, and others, of odd ones: drawn and in an order by
+ * chance, so that whatever else goes on meets both alike, and no place of a single text in some
+ * table counts. */
+static double compare_times(kvloom_client *client, question q)
 {
     static double times[2][SAMPLES];
     size_t n[2] = {0, 0};
@@ -55,15 +58,15 @@ static double compare_times(kvloom_client *client, question q, uint32_t one, uin
     while (n[0] < SAMPLES || n[1] < SAMPLES) {
         size_t which = kvl_test_below(&random, 2);
         if (n[which] == SAMPLES) which = 1 - which;
-        times[which][n[which]++] = time_question(client, q, which == 0 ? one : other);
+        const uint32_t number = 2 * kvl_test_below(&random, TEXTS) + (uint32_t)which;
+        times[which][n[which]++] = time_question(client, q, number);
     }
     return kvl_test_ks_p(times[0], SAMPLES, times[1], SAMPLES);
 }
 
 /* S1: whether another tenant has a text cannot be told by the time of an answer, of the questions
- * that go to memory and of the one that goes to the disk. One comparison in a hundred of equal
- * distributions ends below 0.01, three in a row in a million; what differs does so every time, as
- * the text that is one's own shows. */
+ * that go to memory and of the one that goes to the disk. What differs does so every time, as one's
+ * own texts show. Under a sanitizer times are its own: the questions are asked, and not timed. */
 static void s1_time_does_not_tell_what_another_tenant_has(void **state)
 {
     (void)state;
@@ -73,13 +76,15 @@ static void s1_time_does_not_tell_what_another_tenant_has(void **state)
     sidecar_stage_start(&stage);
     kvloom_client *owner = sidecar_stage_connect(&stage, 0, NULL);
     kvloom_client *other = sidecar_stage_connect(&stage, 1, NULL);
-    assert_int_equal(sidecar_stage_put(owner, 1, TOKENS_S1, 0, NULL), KVLOOM_OK);
+    for (uint32_t i = 0; i < TEXTS; i++)
+        assert_int_equal(sidecar_stage_put(owner, 2 * i, TOKENS_S1, 0, NULL), KVLOOM_OK);
     for (int q = 0; q < QUESTIONS; q++) {
         double p = 0.0;
-        for (int i = 0; i < TRIES && p <= 0.01; i++) p = compare_times(other, (question)q, 1, 2);
-        if (p <= 0.01) fail_msg("question %d: p is %g", q, p);
+        for (int i = 0; i < TRIES && p <= LEAST_P; i++) p = compare_times(other, (question)q);
+        if (p <= LEAST_P && kvl_test_times_count()) fail_msg("question %d: p is %g", q, p);
     }
-    assert_true(compare_times(owner, GET_NOW, 1, 2) < 1e-6);
+    const double own = compare_times(owner, GET_NOW);
+    assert_true(own < 1e-6 || !kvl_test_times_count());
     kvloom_close(owner);
     kvloom_close(other);
     sidecar_stage_end(&stage);
