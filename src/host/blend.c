@@ -40,6 +40,21 @@ static kvl_status attend(run *r, const kvl_select_run *runs, size_t n_runs, uint
                                  scores, NULL, error);
 }
 
+uint32_t run_list_others(const kvl_select_run *runs, size_t n_runs, const uint32_t *chosen,
+                         uint32_t n_chosen, uint32_t *others)
+{
+    uint32_t n = 0, c = 0;
+    for (size_t i = 0; i < n_runs; i++) {
+        for (uint32_t p = runs[i].first; p < runs[i].first + runs[i].n; p++) {
+            if (c < n_chosen && chosen[c] == p)
+                c++;
+            else
+                others[n++] = p;
+        }
+    }
+    return n;
+}
+
 /* Scores of what was not computed in the last check are below all others. */
 static void mark_rest(const kvl_select_run *runs, size_t n_runs, const uint32_t *went_on,
                       uint32_t n_went_on, float *scores)
@@ -62,10 +77,7 @@ static kvl_status check_layers(run *r, const kvl_select_run *runs, size_t n_runs
 {
     const uint32_t last_layer = r->host->engine->shape->n_layers - 1;
     kvl_select_policy next = {.name = "next", .score = KVL_SELECT_DEVIATION, .pool_width = 1};
-    uint32_t n_placed = 0;
-    for (size_t i = 0; i < n_runs; i++) {
-        for (uint32_t t = 0; t < runs[i].n; t++) placed[n_placed++] = runs[i].first + t;
-    }
+    uint32_t n_placed = run_list_others(runs, n_runs, NULL, 0, placed);
     for (uint32_t c = 0; c < r->select->n_checks; c++) {
         const uint32_t layer = r->select->checks[c].layer;
         const kvl_deviation_check check = {layer < last_layer ? layer : last_layer,

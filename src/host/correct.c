@@ -37,22 +37,6 @@ void run_probe_end(run *r)
     kvl_free(probe);
 }
 
-/* Tokens of the runs that are not chosen. */
-static uint32_t list_others(const kvl_select_run *runs, size_t n_runs, const uint32_t *chosen,
-                            uint32_t n_chosen, uint32_t *others)
-{
-    uint32_t n = 0, c = 0;
-    for (size_t i = 0; i < n_runs; i++) {
-        for (uint32_t p = runs[i].first; p < runs[i].first + runs[i].n; p++) {
-            if (c < n_chosen && chosen[c] == p)
-                c++;
-            else
-                others[n++] = p;
-        }
-    }
-    return n;
-}
-
 static struct run_probe *make_probe(run *r, uint32_t n_placed, uint32_t n_chosen)
 {
     const kvl_model_shape *shape = r->host->engine->shape;
@@ -98,7 +82,7 @@ static kvl_status deviate(run *r, const kvl_select_run *runs, size_t n_runs, uin
         status = KVL_FAIL(error, status, "no memory for the deviation of %zu tokens", r->n_ids);
     } else {
         uint32_t *all = placed + r->n_ids;
-        const uint32_t n_placed = list_others(runs, n_runs, NULL, 0, placed);
+        const uint32_t n_placed = run_list_others(runs, n_runs, NULL, 0, placed);
         const uint32_t n = run_merge(r->positions, n_computed, placed, n_placed, all);
         status = kvl_session_deviation(r->session, &check, all, n, r->deviation, error);
     }
@@ -114,7 +98,7 @@ static kvl_status begin(run *r, const kvl_select_run *runs, size_t n_runs, uint3
         return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory for %u probes", n_chosen);
     memcpy(probe->probes, chosen, n_chosen * sizeof *chosen);
     probe->n_probes = n_chosen;
-    probe->n_others = list_others(runs, n_runs, chosen, n_chosen, probe->others);
+    probe->n_others = run_list_others(runs, n_runs, chosen, n_chosen, probe->others);
     kvl_probe_weights(r->deviation, probe->probes, n_chosen, probe->others, probe->n_others,
                       probe->weights);
     r->n_shifted = probe->n_others;

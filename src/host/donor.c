@@ -298,28 +298,6 @@ uint32_t donors_learn(kvl_host *host, kvl_session *session, const exact_lesson *
 
 /* ---- forgetting ---- */
 
-typedef struct forgetting {
-    kvl_host *host;
-    kvl_digest *donors; /* [n] ids of all */
-    size_t n, n_room;
-} forgetting;
-
-static bool collect(void *context, const kvl_digest *id, kvl_container_kind kind, uint64_t n_bytes)
-{
-    (void)kind;
-    (void)n_bytes;
-    forgetting *f = context;
-    if (f->n == f->n_room) {
-        const size_t n_room = f->n_room == 0 ? 64 : 2 * f->n_room;
-        kvl_digest *grown = kvl_realloc(f->donors, n_room * sizeof *grown);
-        if (grown == NULL) return false;
-        f->donors = grown;
-        f->n_room = n_room;
-    }
-    f->donors[f->n++] = *id;
-    return true;
-}
-
 /* What two segments of the same tokens have in common, whatever their homes are. */
 static bool text_of(const kvl_host *host, kvl_tier *tier, const kvl_digest *id, kvl_digest *text)
 {
@@ -347,17 +325,16 @@ void donors_forget(kvl_host *host, const kvl_digest *ids, size_t n)
     size_t n_texts = 0;
     for (size_t i = 0; i < n; i++)
         n_texts += text_of(host, host->store, &ids[i], &texts[n_texts]) ? 1 : 0;
-    forgetting all = {.host = host};
-    tier->ops->list(tier, collect, &all);
+    const host_ids all = host_list_ids(tier, KVL_CONTAINER_SEGMENT);
     for (size_t i = 0; i < all.n && n_texts > 0; i++) {
         kvl_digest text;
-        if (!text_of(host, tier, &all.donors[i], &text)) continue;
+        if (!text_of(host, tier, &all.ids[i], &text)) continue;
         for (size_t t = 0; t < n_texts; t++) {
             if (!kvl_digest_equal(&text, &texts[t])) continue;
-            (void)!tier->ops->remove(tier, &all.donors[i], NULL);
+            (void)!tier->ops->remove(tier, &all.ids[i], NULL);
             break;
         }
     }
-    kvl_free(all.donors);
+    kvl_free(all.ids);
     kvl_free(texts);
 }

@@ -40,6 +40,7 @@ kvl_status run_draft(run *r, uint32_t n_computed, float *scores, kvl_error *erro
     KVL_ASSERT(r->select->n_draft <= RUN_DRAFT_MAX);
     float *mass = kvl_alloc_zero(r->n_ids + RUN_DRAFT_MAX, sizeof *mass);
     if (mass == NULL) return KVL_FAIL(error, KVL_ERR_NO_MEMORY, "no memory to draft an answer");
+    r->n_draft = 0; /* an evaluation fills the prompt once more */
     kvl_status status = look(r, r->positions, n_computed, mass, scores, error);
     if (status == KVL_OK) status = decode_draft(r, mass, scores, error);
     kvl_session_truncate(r->session, (uint32_t)r->n_ids);

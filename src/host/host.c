@@ -6,8 +6,8 @@
 #include "host/host_parts.h"
 
 #include <stdatomic.h>
-#include <stdlib.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 kvl_host_options kvl_host_default_options(void)
@@ -59,17 +59,12 @@ static kvl_status open_store(kvl_host *host, const kvl_host_options *options, kv
     return KVL_OK;
 }
 
-typedef struct anchor_ids {
-    kvl_digest *ids;
-    size_t n, n_max;
-} anchor_ids;
-
-static bool collect_anchor(void *context, const kvl_digest *id, kvl_container_kind kind,
-                           uint64_t n_bytes)
+static bool collect_id(void *context, const kvl_digest *id, kvl_container_kind kind,
+                       uint64_t n_bytes)
 {
     (void)n_bytes;
-    anchor_ids *found = context;
-    if (kind != KVL_CONTAINER_ANCHOR) return true;
+    host_ids *found = context;
+    if (kind != found->kind) return true;
     if (found->n == found->n_max) {
         const size_t n_max = found->n_max == 0 ? 64 : 2 * found->n_max;
         kvl_digest *grown = kvl_realloc(found->ids, n_max * sizeof *grown);
@@ -81,11 +76,17 @@ static bool collect_anchor(void *context, const kvl_digest *id, kvl_container_ki
     return true;
 }
 
+host_ids host_list_ids(kvl_tier *tier, kvl_container_kind kind)
+{
+    host_ids found = {.kind = kind};
+    tier->ops->list(tier, collect_id, &found);
+    return found;
+}
+
 /* Anchors survive a restart: what the store has goes into the pool. */
 static void load_anchors(kvl_host *host)
 {
-    anchor_ids found = {0};
-    host->store->ops->list(host->store, collect_anchor, &found);
+    const host_ids found = host_list_ids(host->store, KVL_CONTAINER_ANCHOR);
     for (size_t i = 0; i < found.n; i++) {
         kvl_container *container = NULL;
         kvl_error error = {0};

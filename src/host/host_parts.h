@@ -204,6 +204,15 @@ typedef struct run {
     bool has_evaluation, has_place_only;
 } run;
 
+/* host/host.c: the ids of a tier's containers of one kind; without memory for all of them, of some.
+ * The caller frees `ids`. */
+typedef struct host_ids {
+    kvl_container_kind kind;
+    kvl_digest *ids; /* [n] */
+    size_t n, n_max;
+} host_ids;
+host_ids host_list_ids(kvl_tier *tier, kvl_container_kind kind);
+
 /* host/buffer.c */
 KVL_MUST_USE kvl_status kv_buffer_reserve(kv_buffer *buffer, const kvl_model_shape *shape,
                                           uint32_t n_tokens, kvl_error *error);
@@ -312,6 +321,10 @@ KVL_MUST_USE kvl_status run_select(run *r, uint32_t *n, kvl_error *error);
  * many. */
 uint32_t run_merge(const uint32_t *computed, uint32_t n_computed, const uint32_t *chosen,
                    uint32_t n_chosen, uint32_t *all);
+
+/* Tokens of the runs that are not among the chosen ones, ascending as these are. How many. */
+uint32_t run_list_others(const kvl_select_run *runs, size_t n_runs, const uint32_t *chosen,
+                         uint32_t n_chosen, uint32_t *others);
 
 /* host/draft.c: drafts the beginning of the answer, which stays in the run, over what is placed.
  * The rows in `positions` are computed on the way.
