@@ -159,7 +159,6 @@ void sidecar_anchor_found(kvl_sidecar *s, client *c, const job *j)
 {
     Kvloom__Local__V1__Entry entries[LISTED_MAX];
     Kvloom__Local__V1__Entry *pointers[LISTED_MAX];
-    Kvloom__Local__V1__Reply reply = KVLOOM__LOCAL__V1__REPLY__INIT;
     Kvloom__Local__V1__Listed listed = KVLOOM__LOCAL__V1__LISTED__INIT;
     if (j->status < 0) {
         sidecar_send_status(s, c, j->number, j->status, "%s", j->text);
@@ -173,11 +172,8 @@ void sidecar_anchor_found(kvl_sidecar *s, client *c, const job *j)
         entries[i].n_bytes = j->anchors[i].n_bytes;
         pointers[i] = &entries[i];
     }
-    reply.number = j->number;
-    reply.body_case = KVLOOM__LOCAL__V1__REPLY__BODY_LISTED;
-    reply.listed = &listed;
     listed.n_entries = j->n_anchors;
     listed.entries = pointers;
     listed.more = j->has_more_anchors;
-    sidecar_send(s, c, &reply, -1);
+    sidecar_send_listed(s, c, j->number, &listed);
 }

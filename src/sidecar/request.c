@@ -485,10 +485,19 @@ static bool list_entry(void *context, const kvl_digest *id, kvl_container_kind k
     return true;
 }
 
+void sidecar_send_listed(kvl_sidecar *s, client *c, uint64_t number,
+                         Kvloom__Local__V1__Listed *listed)
+{
+    Kvloom__Local__V1__Reply reply = KVLOOM__LOCAL__V1__REPLY__INIT;
+    reply.number = number;
+    reply.body_case = KVLOOM__LOCAL__V1__REPLY__BODY_LISTED;
+    reply.listed = listed;
+    sidecar_send(s, c, &reply, -1);
+}
+
 static void send_listing(kvl_sidecar *s, client *c, uint64_t number, listing *l,
                          Kvloom__Local__V1__Entry **pointers)
 {
-    Kvloom__Local__V1__Reply reply = KVLOOM__LOCAL__V1__REPLY__INIT;
     Kvloom__Local__V1__Listed listed = KVLOOM__LOCAL__V1__LISTED__INIT;
     c->tenant->store->ops->list(c->tenant->store, list_entry, l);
     for (size_t i = 0; i < l->n; i++) {
@@ -496,13 +505,10 @@ static void send_listing(kvl_sidecar *s, client *c, uint64_t number, listing *l,
         l->entries[i].id.data = l->ids[i].bytes;
         pointers[i] = &l->entries[i];
     }
-    reply.number = number;
-    reply.body_case = KVLOOM__LOCAL__V1__REPLY__BODY_LISTED;
-    reply.listed = &listed;
     listed.n_entries = l->n;
     listed.entries = pointers;
     listed.more = l->more;
-    sidecar_send(s, c, &reply, -1);
+    sidecar_send_listed(s, c, number, &listed);
 }
 
 static void take_list(kvl_sidecar *s, client *c, const request *from)

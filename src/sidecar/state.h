@@ -179,6 +179,9 @@ void sidecar_client_event(kvl_sidecar *s, client *c, uint32_t epoll_events);
 void sidecar_client_end(kvl_sidecar *s, client *c);
 /* Sends one reply; fd is borrowed, -1 for none. A client that does not read is broken by this. */
 void sidecar_send(kvl_sidecar *s, client *c, const Kvloom__Local__V1__Reply *reply, int fd);
+/* The answer to a request, by its number, that asked for a list. */
+void sidecar_send_listed(kvl_sidecar *s, client *c, uint64_t number,
+                         Kvloom__Local__V1__Listed *listed);
 void sidecar_send_status(kvl_sidecar *s, client *c, uint64_t number, kvl_status status,
                          const char *format, ...) KVL_PRINTF(5, 6);
 
